@@ -1,0 +1,305 @@
+"""The command line of a fleet: `edge-coordinator init | enroll | serve | broker | devices | runs | models`.
+
+Parses, calls, prints. Every command has `--help` with examples; those that scripts read have `--json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+from edge_coordinator.fleet import Fleet, init, labels_of
+from edge_coordinator.methods import METHODS, SUMMARIES
+from edge_coordinator.models import describe_versions
+from edge_runtime.console import note, plain_event, print_json, run_main, table, until_told_to_stop, what_is_trained
+from edge_runtime.errors import UsageError
+from edge_runtime.planner import mib
+from edge_runtime.store import lock_folder
+from edge_runtime.topics import COORDINATOR, Topics
+from edge_runtime.transport import MqttTransport, Will
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; -> the exit code."""
+    parsed = parser().parse_args(arguments)
+    return run_main(lambda: int(parsed.run(parsed)))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = _command(
+        None, "edge-coordinator", "Finetune one model over a fleet of small devices, over MQTT.",
+        "edge-coordinator init my-fleet --labels-from texts.csv\nedge-coordinator enroll pi-1 --fleet my-fleet\nedge-coordinator serve --fleet my-fleet\n"
+        "edge-coordinator models --fleet my-fleet --export 11 --out best",
+    )  # fmt: skip
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    make = _command(commands, "init", "Make a folder with a commented fleet.toml.",
+                    "edge-coordinator init my-fleet --labels-from texts.csv\nedge-coordinator init my-fleet --model ./my-checkpoint --labels yes,no --method straggler")  # fmt: skip
+    make.add_argument("folder", type=Path)
+    make.add_argument("--name", help="of the fleet, part of every topic (default: the folder's name)")
+    make.add_argument("--model", default="minilm-l6", help="alias, checkpoint folder or Hugging Face id (%(default)s)")
+    make.add_argument("--family", default="edge_models.bert", help="module that knows the architecture (%(default)s)")
+    make.add_argument("--labels", help="the classes, separated by commas")
+    make.add_argument("--labels-from", type=Path, metavar="DATA", help="take the classes from a labelled file")
+    make.add_argument("--text-column", default="text")
+    make.add_argument("--label-column", default="label")
+    make.add_argument("--max-length", type=int, default=128, help="tokens (%(default)s)")
+    make.add_argument("--method", default="caff", choices=list(METHODS), help="; ".join(f"{n}: {s}" for n, s in SUMMARIES.items()))
+    make.add_argument("--rounds", type=int, default=10, help="(%(default)s)")
+    make.add_argument("--goal", type=int, default=2, help="updates that complete a round (%(default)s)")
+    make.add_argument("--quorum", type=int, default=1, help="updates without which a round fails (%(default)s)")
+    make.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    make.add_argument("--port", type=int, default=1883, help="of the broker (%(default)s)")
+    make.set_defaults(run=run_init)
+
+    enroll = _command(commands, "enroll", "Give devices their credentials, one file each.",
+                      "edge-coordinator enroll pi-1 pi-2 --fleet my-fleet\nedge-coordinator enroll pi-1 --fleet my-fleet --renew --host coordinator.lan")  # fmt: skip
+    enroll.add_argument("device", nargs="+")
+    enroll.add_argument("--out", type=Path, help="folder for DEVICE.toml (default: devices/ in the fleet's folder)")
+    enroll.add_argument("--host", help="address of the broker as the devices see it")
+    enroll.add_argument("--renew", action="store_true", help="replace the secret of a device that is enrolled already")
+    _fleet(enroll)
+    enroll.set_defaults(run=run_enroll)
+
+    serve = _command(commands, "serve", "Run the fleet: broker (unless external), rounds, aggregation. Goes on where it stopped.",
+                     "edge-coordinator serve --fleet my-fleet\nedge-coordinator serve --fleet my-fleet --until-finished --json")  # fmt: skip
+    serve.add_argument("--until-finished", action="store_true", help="end when the run has had its rounds")
+    _fleet(serve)
+    serve.set_defaults(run=run_serve)
+
+    broker = _command(commands, "broker", "Run only the broker, for [broker] kind = \"external\": the embedded one alone, or Mosquitto with our rules.",
+                      "edge-coordinator broker --fleet my-fleet --kind mosquitto")  # fmt: skip
+    broker.add_argument("--kind", choices=("amqtt", "mosquitto"), default="mosquitto", help="(%(default)s)")
+    _fleet(broker)
+    broker.set_defaults(run=run_broker)
+
+    devices = _command(commands, "devices", "List the devices, or refuse one.", "edge-coordinator devices --fleet my-fleet --json\nedge-coordinator devices --fleet my-fleet --revoke pi-1")
+    devices.add_argument("--revoke", metavar="DEVICE", help="refuse this device from now on")
+    _fleet(devices)
+    devices.set_defaults(run=run_devices)
+
+    runs = _command(commands, "runs", "List the rounds.", "edge-coordinator runs --fleet my-fleet --json")
+    _fleet(runs)
+    runs.set_defaults(run=run_runs)
+
+    models = _command(commands, "models", "List the model versions, or write one as a checkpoint folder.",
+                      "edge-coordinator models --fleet my-fleet\nedge-coordinator models --fleet my-fleet --export 11 --out best")  # fmt: skip
+    models.add_argument("--export", type=int, metavar="VERSION", help="write this version to --out")
+    models.add_argument("--out", type=Path)
+    _fleet(models)
+    models.set_defaults(run=run_models)
+    return top
+
+
+def _command(commands: Any, name: str, what: str, examples: str) -> argparse.ArgumentParser:
+    text = "examples:\n  " + examples.replace("\n", "\n  ") + "\n\nexit codes: 0 done, 2 usage, 3 data, 4 model, 7 connection, 8 extra missing, 10 storage, 130 stopped"
+    options: dict[str, Any] = {"description": what, "epilog": text, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    made: argparse.ArgumentParser = commands.add_parser(name, help=what, **options) if commands else argparse.ArgumentParser(name, **options)
+    if commands:
+        made.add_argument("--json", action="store_true", help="print JSON for scripts")
+    return made
+
+
+def _fleet(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--fleet", type=Path, default=Path(), help="the fleet's folder (default: this one)")
+
+
+def run_init(args: argparse.Namespace) -> int:
+    """init"""
+    labels: Sequence[str] = [label.strip() for label in args.labels.split(",")] if args.labels else ()
+    if args.labels_from:
+        labels = labels_of(args.labels_from, args.text_column, args.label_column)
+    path = init(
+        args.folder, name=args.name, base=args.model, family=args.family, labels=labels, max_length=args.max_length, method=args.method,
+        rounds=args.rounds, goal=args.goal, quorum=args.quorum, seed=args.seed, port=args.port,
+    )  # fmt: skip
+    if args.json:
+        print_json({"config": str(path), "labels": list(labels)})
+    else:
+        print(f"wrote {path} with {len(labels)} labels" + ("" if labels else ": put the classes into [model] labels before `serve`"))
+    return 0
+
+
+def run_enroll(args: argparse.Namespace) -> int:
+    """enroll"""
+    fleet = Fleet(args.fleet)
+    for device in args.device:
+        out = (args.out or args.fleet / "devices") / f"{device}.toml"
+        fleet.enroll(device, out, renew=args.renew, host=args.host)
+        if args.json:
+            print_json({"device": device, "config": str(out)})
+        else:
+            print(f"{out}: copy it to {device} and run `edge-runtime join --config {out.name} --data FILE` there")
+    return 0
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """serve"""
+    from edge_coordinator.broker import EmbeddedBroker
+    from edge_coordinator.server import Server
+
+    fleet = Fleet(args.fleet)
+    log = EventLog(args.json)
+    with lock_folder(args.fleet, "a coordinator"), until_told_to_stop() as keep_going:
+        models = fleet.models(note)
+        section = fleet.config.broker
+        broker = None
+        if section.kind == "embedded":
+            certfile, keyfile = fleet.certificate()
+            address = (section.host, section.port, fleet.config.realm, fleet.lookup())
+            broker = EmbeddedBroker(*address, certfile=certfile, keyfile=keyfile)
+            broker.start()
+        try:
+            host, port = fleet.broker_address()
+            server = Server(fleet.config, fleet.ledger, models, _transport(fleet, host, broker.port if broker else port), log)
+            log({"event": "serving", "realm": fleet.config.realm, "host": host, "port": broker.port if broker else port, "epoch": server.epoch,
+                 "broker": section.kind, "model_version": server.manifest.version})  # fmt: skip
+            server.serve(keep_going, until_finished=args.until_finished)
+        finally:
+            if broker:
+                broker.stop()
+    return 0
+
+
+def _transport(fleet: Fleet, host: str, port: int) -> MqttTransport:
+    from edge_coordinator.server import down_message
+
+    topics = Topics(fleet.config.realm)
+    ca_file = Path(fleet.config.broker.ca_file) if fleet.config.broker.ca_file else None
+    return MqttTransport(
+        host, port, COORDINATOR, fleet.secret(), topics.coordinator_filters(), will=Will(topics.all("coord"), down_message()), ca_file=ca_file,
+        inbox_messages=1024,
+    )  # fmt: skip
+
+
+def run_broker(args: argparse.Namespace) -> int:
+    """broker"""
+    from edge_coordinator import broker as embedded
+    from edge_coordinator.mosquitto import MosquittoProcess, write_config, write_passwords
+
+    fleet = Fleet(args.fleet)
+    section = fleet.config.broker
+
+    def ready(port: int) -> None:
+        print_json({"event": "listening", "host": section.host, "port": port}) if args.json else note(f"listening on {section.host}:{port}")
+
+    if args.kind == "amqtt":
+        certfile, keyfile = fleet.certificate()
+        address = (section.host, section.port, fleet.config.realm, fleet.lookup())
+        embedded.run(*address, certfile=certfile, keyfile=keyfile, on_ready=lambda b: ready(b.port))
+        return 0
+    folder = args.fleet / "mosquitto"
+    users = fleet.users()
+    certfile, keyfile = fleet.certificate()
+    write_config(
+        folder, fleet.config.realm, users, host=section.host, port=section.port, certfile=certfile, keyfile=keyfile
+    )
+    process = MosquittoProcess(folder)
+    with until_told_to_stop() as keep_going:
+        process.start()
+        ready(section.port)
+        try:
+            while keep_going() and process.running:
+                time.sleep(0.5)
+                if (now := fleet.users()) != users:  # somebody was enrolled or refused
+                    users = now
+                    write_passwords(folder, users)
+                    process.reload()
+        finally:
+            process.stop()
+    return 0
+
+
+def run_devices(args: argparse.Namespace) -> int:
+    """devices"""
+    fleet = Fleet(args.fleet)
+    if args.revoke:
+        fleet.ledger.revoke(args.revoke)
+        note(f"{args.revoke} is refused at its next connection")
+    rows = fleet.ledger.devices()
+    if args.json:
+        print_json(rows)
+        return 0
+    print(table(["device", "state", "model", "last seen", "enrolled", ""],
+                [[r["device"], r["state"] or "never seen", str(r["model_version"] or "-"), _when(r["last_seen"]), _when(r["enrolled_at"]),
+                  "revoked" if r["revoked"] else ""] for r in rows]))  # fmt: skip
+    return 0
+
+
+def run_runs(args: argparse.Namespace) -> int:
+    """runs"""
+    rows = Fleet(args.fleet).ledger.rounds()
+    if args.json:
+        print_json(rows)
+        return 0
+    print(table(["run", "round", "state", "base model", "members", "updates", "opened", ""],
+                [[r["run"], str(r["round"]), r["state"], str(r["base_version"]), str(r["members"]), str(r["committed"]), _when(r["opened_at"]), r["reason"]] for r in rows]))  # fmt: skip
+    return 0
+
+
+def run_models(args: argparse.Namespace) -> int:
+    """models"""
+    fleet = Fleet(args.fleet)
+    if args.export is not None:
+        if args.out is None:
+            raise UsageError("--export needs --out FOLDER")
+        from edge_coordinator.models import Models
+
+        Models(args.fleet, fleet.ledger).export_folder(args.export, args.out)
+        print_json({"version": args.export, "folder": str(args.out)}) if args.json else print(f"model {args.export} is in {args.out}")
+        return 0
+    rows = describe_versions(fleet.ledger)
+    if args.json:
+        print_json(rows)
+        return 0
+    print(table(["version", "run", "round", "published", "devices", "examples", "mean loss"],
+                [[str(r["version"]), r["run"] or "-", str(r["round"] or "-"), _when(r["created_at"]), str(len(r.get("members", ()))),
+                  str(r.get("num_examples", "-")), str(r.get("mean_loss", "-"))] for r in rows]))  # fmt: skip
+    return 0
+
+
+def _when(seconds: float | None) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S") if seconds else "-"
+
+
+class EventLog:
+    """The coordinator's events: JSON lines for scripts, short lines for people."""
+
+    LINES: ClassVar[dict[str, Callable[[dict[str, Any]], str]]] = {
+        "serving": lambda e: f"serving fleet {e['realm']} on {e['host']}:{e['port']} ({e['broker']} broker), model {e['model_version']}; stop with Ctrl-C",
+        "round-opened": lambda e: f"round {e['round']}: waiting for devices",
+        "joined": lambda e: f"round {e['round']}: {e['device']} joins with {e['num_examples']} examples and {mib(e['budget_bytes'])}",
+        "unable": lambda e: f"round {e['round']}: {e['device']} cannot take part: {e['reason']}",
+        "granted": lambda e: f"round {e['round']}: {e['device']} trains {what_is_trained(e['depth'])}, at most {mib(e['peak_bytes'])}",
+        "committed": lambda e: f"round {e['round']}: {e['device']}'s update is in ({mib(e['num_bytes'])}, loss {e['first_loss']:.3f} -> {e['last_loss']:.3f}, {e['train_s']:.0f} s, {mib(e['peak_bytes'])})",
+        "round-published": lambda e: f"round {e['round']}: model {e['model_version']} from {len(e['members'])} devices, mean loss {e['mean_loss']:.3f}",
+        "round-failed": lambda e: f"round {e['round']} failed: {e['reason']}",
+        "run-finished": lambda e: f"run {e['run']} is finished: model {e['model_version']}",
+    }  # fmt: skip
+
+    def __init__(self, as_json: bool) -> None:
+        self._json = as_json
+        self._states: dict[str, str] = {}
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show one event."""
+        if self._json:
+            print_json(event)
+            return
+        kind = event["event"]
+        if kind == "status":
+            if self._states.get(event["device"]) != event["state"]:
+                self._states[event["device"]] = event["state"]
+                note(f"{event['device']} is {event['state']}")
+            return
+        note(self.LINES.get(kind, plain_event)(event))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

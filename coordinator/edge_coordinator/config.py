@@ -1,0 +1,191 @@
+"""`fleet.toml`: what a person decides about a fleet and its run. Read once, checked, frozen.
+
+Imports the runtime's records; opens no network and no ledger.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.errors import UsageError
+from edge_runtime.planner import check_settings
+from edge_runtime.records import TrainSettings
+from edge_runtime.topics import check_id
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CONFIG_FILE = "fleet.toml"
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """[model]: what is finetuned."""
+
+    base: str = "minilm-l6"
+    family: str = "edge_models.bert"
+    labels: tuple[str, ...] = ()
+    max_length: int = 128
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """[run]: the rounds."""
+
+    name: str = "first"
+    method: str = "caff"
+    rounds: int = 10
+    goal: int = 2  # updates that end a round early
+    quorum: int = 1  # updates without which a round fails
+    overselection: float = 1.3  # devices admitted for each update wanted
+    join_timeout_s: float = 60.0
+    report_timeout_s: float = 3600.0
+    pause_s: float = 0.0  # between rounds
+
+
+@dataclass(frozen=True)
+class BrokerSection:
+    """[broker]: where MQTT is spoken. `embedded` runs one in this process; `external` uses yours."""
+
+    kind: str = "embedded"
+    host: str = "127.0.0.1"
+    port: int = 1883
+    announce_host: str = ""  # what devices connect to, where it differs from host
+    ca_file: str = ""
+    certfile: str = ""
+    keyfile: str = ""
+
+
+@dataclass(frozen=True)
+class FleetConfig:
+    """All of fleet.toml."""
+
+    realm: str
+    model: ModelSection
+    run: RunSection
+    train: TrainSettings
+    broker: BrokerSection
+    folder: Path = field(default=Path())
+
+
+def load_config(folder: Path) -> FleetConfig:
+    """Read `fleet.toml` in `folder`.
+
+    Raises:
+        UsageError: it is missing, no TOML, or a value is wrong; names the key.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} is missing: make one with `edge-coordinator init {folder}`") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {error}") from None
+    unknown = set(raw) - {"fleet", "model", "run", "train", "broker"}
+    if unknown:
+        raise UsageError(f"{path}: unknown section [{sorted(unknown)[0]}]; there are [fleet], [model], [run], [train], [broker]")
+    realm = raw.get("fleet", {}).get("name")
+    if not isinstance(realm, str):
+        raise UsageError(f"{path}: [fleet] needs a name")
+    config = FleetConfig(
+        realm=check_id("fleet name", realm),
+        model=_section(ModelSection, raw, "model", path),
+        run=_section(RunSection, raw, "run", path),
+        train=check_settings(_section(TrainSettings, raw, "train", path)),
+        broker=_section(BrokerSection, raw, "broker", path),
+        folder=folder,
+    )
+    _check(config, path)
+    return config
+
+
+def _section(cls: type[Any], raw: dict[str, Any], name: str, path: Path) -> Any:
+    values = raw.get(name, {})
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    found: dict[str, Any] = {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: {name} must be a section: [{name}]")
+    for key, value in values.items():
+        if key not in known:
+            raise UsageError(f"{path}: [{name}] has no {key!r}; it has {', '.join(known)}")
+        wanted = type(known[key].default)
+        if wanted is tuple:
+            if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+                raise UsageError(f"{path}: [{name}] {key} must be a list of texts")
+            value = tuple(value)
+        elif wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted:
+            raise UsageError(f"{path}: [{name}] {key} must be {wanted.__name__}, it is {value!r}")
+        found[key] = value
+    return cls(**found)
+
+
+def _check(config: FleetConfig, path: Path) -> None:
+    run, model = config.run, config.model
+    from edge_coordinator.methods import METHODS
+
+    if run.method not in METHODS:
+        raise UsageError(f"{path}: [run] method must be one of {', '.join(METHODS)}, it is {run.method!r}")
+    check_id("run name", run.name)
+    if not 1 <= run.quorum <= run.goal <= 2000:
+        raise UsageError(f"{path}: [run] wants 1 <= quorum <= goal <= 2000, they are {run.quorum} and {run.goal}")
+    if not 1 <= run.rounds <= 100_000 or not 1 <= run.overselection <= 10:
+        raise UsageError(f"{path}: [run] rounds must be 1 to 100000 and overselection 1 to 10")
+    if min(run.join_timeout_s, run.report_timeout_s) <= 0 or run.pause_s < 0:
+        raise UsageError(f"{path}: [run] timeouts must be above 0 seconds")
+    if len(model.labels) < 2 or len(set(model.labels)) != len(model.labels):
+        raise UsageError(f"{path}: [model] labels must name at least two different classes")
+    if config.broker.kind not in ("embedded", "external"):
+        raise UsageError(f"{path}: [broker] kind must be embedded or external, it is {config.broker.kind!r}")
+    if not 0 <= config.broker.port <= 65535:
+        raise UsageError(f"{path}: [broker] port must be 0 to 65535, it is {config.broker.port}")
+
+
+TEMPLATE = """\
+# A fleet of edge-runtime devices. `edge-coordinator serve` in this folder runs it.
+
+[fleet]
+name = {name}                 # a-z, 0-9, '-' and '_': part of every MQTT topic
+
+[model]
+base = {base}                 # an alias (minilm-l6, minilm-l3), a checkpoint folder, or a Hugging Face repo id
+family = {family}   # the module that knows the architecture
+max_length = {max_length}                # tokens; longer texts are cut
+labels = [{labels}]
+
+[run]
+name = "first"                # another name begins another run, from the newest model
+method = {method}               # {methods}
+rounds = {rounds}
+goal = {goal}                      # updates that complete a round
+quorum = {quorum}                    # fewer at the deadline: the round fails and the model stays
+overselection = 1.3           # devices admitted for each update wanted
+join_timeout_s = 60.0         # how long a round waits for devices to join; goes on at once when enough have
+report_timeout_s = 3600.0     # how long devices may train and send
+pause_s = 0.0                 # between rounds
+
+[train]                       # the same for every device
+epochs = 1                    # local epochs a round
+batch_size = 16
+learning_rate = {learning_rate}
+head_learning_rate = {head_learning_rate}
+weight_decay = 0.01
+optimizer = "adamw"           # or "sgd": less memory, more rounds
+seed = {seed}
+
+[broker]
+kind = "embedded"             # or "external": your own, see `edge-coordinator mosquitto`
+host = "127.0.0.1"            # "0.0.0.0" to be reached from other machines
+port = {port}
+announce_host = ""            # the name or address that devices connect to, where it is not `host`
+certfile = ""                 # TLS for the embedded broker: certificate chain and key (PEM)
+keyfile = ""
+ca_file = ""                  # what devices check the broker's certificate against
+"""

@@ -1,0 +1,184 @@
+"""A fleet's folder: fleet.toml, the ledger, the coordinator's own secret, and what is done to them from outside a run.
+
+    fleet.toml  ledger.db  coordinator.secret  store/  updates/  devices/NAME.toml
+
+Imports config, ledger and models; opens no network.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from edge_coordinator.config import CONFIG_FILE, TEMPLATE, FleetConfig, load_config
+from edge_coordinator.ledger import Ledger
+from edge_coordinator.methods import METHODS
+from edge_coordinator.models import Models
+from edge_coordinator.secrets import hash_secret, new_secret
+from edge_runtime.credentials import Credentials, format_credentials, toml_text
+from edge_runtime.data import read_examples
+from edge_runtime.errors import UsageError
+from edge_runtime.records import TrainSettings
+from edge_runtime.store import atomic_writer
+from edge_runtime.topics import COORDINATOR, check_id
+
+SECRET_FILE = "coordinator.secret"
+LEDGER_FILE = "ledger.db"
+EVERYWHERE = ("0.0.0.0", "::", "")  # addresses to listen on that nobody can connect to
+
+
+class Fleet:
+    """An open fleet folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: FleetConfig = load_config(folder)
+        self.ledger = Ledger(folder / LEDGER_FILE)
+        self._own_secret()
+
+    def models(self, progress: Callable[[str], None]) -> Models:
+        """The model versions; the first is imported when there is none yet.
+
+        Raises:
+            UsageError: fleet.toml now names other labels than the fleet's model has.
+        """
+        models = Models(self.folder, self.ledger)
+        newest = models.newest()
+        if newest is None:
+            progress(f"importing {self.config.model.base} as model version 1")
+            models.import_first(self.config.model, time.time(), progress)
+        elif newest[0].labels != self.config.model.labels or newest[0].max_length != self.config.model.max_length:
+            raise UsageError(
+                f"{self.folder / CONFIG_FILE}: [model] labels and max_length cannot change once the fleet has a model: "
+                "put them back, or `edge-coordinator init` another folder"
+            )
+        return models
+
+    def secret(self) -> str:
+        """The coordinator's own secret at the broker."""
+        return (self.folder / SECRET_FILE).read_text().strip()
+
+    def users(self) -> list[tuple[str, str]]:
+        """Everybody who may connect, with the hashes of their secrets."""
+        found = [(COORDINATOR, self.ledger.get("coordinator_secret") or "")]
+        for row in self.ledger.devices():
+            if hashed := self.ledger.secret(row["device"]):
+                found.append((row["device"], hashed))
+        return found
+
+    def lookup(self) -> Callable[[str], str | None]:
+        """For the embedded broker's thread: a user's stored hash, read afresh at each login."""
+        opened: list[Ledger] = []
+
+        def find(user: str) -> str | None:
+            if not opened:
+                opened.append(Ledger(self.folder / LEDGER_FILE))
+            return opened[0].get("coordinator_secret") if user == COORDINATOR else opened[0].secret(user)
+
+        return find
+
+    def broker_address(self) -> tuple[str, int]:
+        """Where this machine reaches the broker."""
+        broker = self.config.broker
+        return ("127.0.0.1" if broker.host in EVERYWHERE else broker.host), broker.port
+
+    def certificate(self) -> tuple[Path | None, Path | None]:
+        """The broker's certificate chain and key, for TLS."""
+        broker = self.config.broker
+        return (Path(broker.certfile) if broker.certfile else None), (Path(broker.keyfile) if broker.keyfile else None)
+
+    def enroll(self, device: str, out: Path, *, renew: bool = False, host: str | None = None) -> Credentials:
+        """Give a device its credentials as one file; the secret is stored only as a hash.
+
+        Raises:
+            UsageError: the name is no id, is taken, or the file exists already.
+        """
+        if check_id("device", device) == COORDINATOR:
+            raise UsageError(f"no device may be called {COORDINATOR}")
+        if out.exists() and not renew:
+            raise UsageError(f"{out} exists already: --renew replaces it and its secret")
+        secret = new_secret()
+        broker = self.config.broker
+        announced = host or broker.announce_host or self.broker_address()[0]
+        ca_file = str(Path(broker.ca_file).absolute()) if broker.ca_file else ""
+        credentials = Credentials(self.config.realm, device, secret, announced, broker.port, ca_file, self.config.model.family)
+        with self.ledger.transaction():
+            if renew:
+                self.ledger.renew(device, hash_secret(secret))
+            else:
+                self.ledger.enroll(device, hash_secret(secret), time.time())
+            with atomic_writer(out) as file:
+                file.write(format_credentials(credentials).encode())
+        return credentials
+
+    def _own_secret(self) -> None:
+        path = self.folder / SECRET_FILE
+        if not path.exists():
+            with atomic_writer(path) as file:
+                file.write(new_secret().encode())
+            self.ledger.put("coordinator_secret", hash_secret(self.secret()))
+        if self.ledger.get("coordinator_secret") is None:  # killed between the two
+            self.ledger.put("coordinator_secret", hash_secret(self.secret()))
+
+
+def init(
+    folder: Path,
+    *,
+    name: str | None = None,
+    base: str = "minilm-l6",
+    family: str = "edge_models.bert",
+    labels: Sequence[str] = (),
+    max_length: int = 128,
+    method: str = "caff",
+    rounds: int = 10,
+    goal: int = 2,
+    quorum: int = 1,
+    seed: int = 0,
+    port: int = 1883,
+) -> Path:
+    """Write a commented fleet.toml; -> its path.
+
+    Raises:
+        UsageError: there is one already, or a value is wrong.
+    """
+    path = folder / CONFIG_FILE
+    if path.exists():
+        raise UsageError(f"{path} exists already: edit it, or choose another folder")
+    name = name or re.sub(r"[^a-z0-9_-]+", "-", folder.absolute().name.lower())[:36].strip("-") or "fleet"
+    settings = TrainSettings()
+    if Path(base).is_dir():
+        base = str(Path(base).absolute())
+    text = TEMPLATE.format(
+        name=toml_text(check_id("fleet name", name)),
+        base=toml_text(base),
+        family=toml_text(family),
+        labels=", ".join(toml_text(label) for label in labels),
+        max_length=max_length,
+        method=toml_text(method),
+        methods=", ".join(METHODS),
+        rounds=rounds,
+        goal=goal,
+        quorum=quorum,
+        seed=seed,
+        port=port,
+        learning_rate=settings.learning_rate,
+        head_learning_rate=settings.head_learning_rate,
+    )
+    with atomic_writer(path) as file:
+        file.write(text.encode())
+    if labels:
+        try:
+            load_config(folder)
+        except UsageError:
+            path.unlink()
+            raise
+    return path
+
+
+def labels_of(data: Path, text_column: str, label_column: str) -> tuple[str, ...]:
+    """The labels of a data file, for fleet.toml."""
+    return read_examples(data, text_column=text_column, label_column=label_column, bad_rows="skip").labels
+
+

@@ -1,0 +1,286 @@
+"""What the coordinator must not forget, in SQLite: devices, models, rounds, members, contributions, partial sums.
+
+WAL with synchronous=FULL: what a transaction wrote is there after a power cut. A contribution is one row under the key
+(round, device), so it counts once however often its message comes. Bytes of tensors are blobs beside it, named here by hash.
+One thread uses one Ledger; the broker's thread opens its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.errors import StoreError, UsageError
+from edge_runtime.store import disk_errors
+
+VERSION = 1
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS devices (
+    device TEXT PRIMARY KEY, secret TEXT NOT NULL, enrolled_at REAL NOT NULL, revoked INTEGER NOT NULL DEFAULT 0,
+    last_seen REAL, state TEXT NOT NULL DEFAULT '', model_version INTEGER NOT NULL DEFAULT 0, software TEXT NOT NULL DEFAULT '');
+CREATE TABLE IF NOT EXISTS models (
+    version INTEGER PRIMARY KEY, manifest BLOB NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL,
+    created_at REAL NOT NULL, metrics TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS rounds (
+    run TEXT NOT NULL, round INTEGER NOT NULL, state TEXT NOT NULL, base_version INTEGER NOT NULL, deadline REAL NOT NULL,
+    opened_at REAL NOT NULL, closed_at REAL, reason TEXT NOT NULL DEFAULT '', PRIMARY KEY (run, round));
+CREATE TABLE IF NOT EXISTS members (
+    run TEXT NOT NULL, round INTEGER NOT NULL, device TEXT NOT NULL, status TEXT NOT NULL, join_message BLOB NOT NULL,
+    nonce BLOB, plan BLOB, reason TEXT NOT NULL DEFAULT '', PRIMARY KEY (run, round, device));
+CREATE TABLE IF NOT EXISTS contributions (
+    run TEXT NOT NULL, round INTEGER NOT NULL, device TEXT NOT NULL, blob BLOB NOT NULL, num_examples INTEGER NOT NULL,
+    depth INTEGER NOT NULL, metrics TEXT NOT NULL, committed_at REAL NOT NULL, folded INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (run, round, device));
+CREATE TABLE IF NOT EXISTS partials (
+    run TEXT NOT NULL, round INTEGER NOT NULL, blob BLOB NOT NULL, weights TEXT NOT NULL, members TEXT NOT NULL,
+    PRIMARY KEY (run, round));
+"""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A committed update."""
+
+    device: str
+    blob: bytes
+    num_examples: int
+    depth: int
+    metrics: Mapping[str, Any]
+    folded: bool
+
+
+@dataclass(frozen=True)
+class Member:
+    """A device of a cohort: status is joined, unable, planned, excluded or gave-up."""
+
+    device: str
+    status: str
+    join_message: bytes
+    nonce: bytes | None
+    plan: bytes | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """A published version."""
+
+    version: int
+    manifest: bytes
+    run: str
+    round: int
+    created_at: float
+    metrics: Mapping[str, Any]
+
+
+class Ledger:
+    """The database of one fleet."""
+
+    def __init__(self, path: Path) -> None:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=30.0)
+            path.chmod(0o600)
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(SCHEMA)
+            found = self.get("schema")
+            if found is None:
+                self.put("schema", str(VERSION))
+            elif found != str(VERSION):
+                raise StoreError(f"{path} is of schema {found}, this coordinator writes {VERSION}: use the version that made it")
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot open the ledger {path}: {error}") from None
+
+    def close(self) -> None:
+        """Release the file."""
+        self._db.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing, durable when it returns.
+
+        Raises:
+            StoreError: the disk is full or the file is damaged; nothing of the transaction remains.
+        """
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise StoreError(f"the ledger cannot be written: {error}") from error
+
+    # meta
+
+    def get(self, key: str) -> str | None:
+        """A single value."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return row["value"] if row else None
+
+    def put(self, key: str, value: str) -> None:
+        """Set a single value."""
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    # devices
+
+    def enroll(self, device: str, secret_hash: str, now: float) -> None:
+        """Add a device.
+
+        Raises:
+            UsageError: it is enrolled already.
+        """
+        try:
+            self._db.execute("INSERT INTO devices (device, secret, enrolled_at) VALUES (?, ?, ?)", (device, secret_hash, now))
+        except sqlite3.IntegrityError:
+            raise UsageError(f"{device} is enrolled already: `enroll {device} --renew` gives it new credentials") from None
+
+    def renew(self, device: str, secret_hash: str) -> None:
+        """Give a device another secret, and lift a revocation."""
+        if not self._db.execute("UPDATE devices SET secret = ?, revoked = 0 WHERE device = ?", (secret_hash, device)).rowcount:
+            raise UsageError(f"there is no device {device}: see `edge-coordinator devices`")
+
+    def revoke(self, device: str) -> None:
+        """Refuse a device from now on."""
+        if not self._db.execute("UPDATE devices SET revoked = 1 WHERE device = ?", (device,)).rowcount:
+            raise UsageError(f"there is no device {device}: see `edge-coordinator devices`")
+
+    def secret(self, device: str) -> str | None:
+        """The stored hash of a device that may connect."""
+        row = self._db.execute("SELECT secret FROM devices WHERE device = ? AND revoked = 0", (device,)).fetchone()
+        return row["secret"] if row else None
+
+    def devices(self) -> list[dict[str, Any]]:
+        """Every device, without its secret."""
+        rows = self._db.execute("SELECT * FROM devices ORDER BY device")
+        return [{k: v for k, v in dict(row).items() if k != "secret"} for row in rows]
+
+    def seen(self, device: str, state: str, model_version: int, software: str, now: float) -> None:
+        """Note what a device last said of itself."""
+        self._db.execute(
+            "UPDATE devices SET last_seen = ?, state = ?, model_version = ?, software = ? WHERE device = ?",
+            (now, state, model_version, software, device),
+        )
+
+    # models
+
+    def add_model(self, version: int, manifest: bytes, run: str, round_: int, metrics: Mapping[str, Any], now: float) -> None:
+        """Publish a version; the same one twice is an error of ours."""
+        self._db.execute("INSERT INTO models VALUES (?, ?, ?, ?, ?, ?)", (version, manifest, run, round_, now, json.dumps(metrics)))
+
+    def models(self) -> list[ModelRow]:
+        """All versions, oldest first."""
+        rows = self._db.execute("SELECT * FROM models ORDER BY version")
+        return [ModelRow(r["version"], r["manifest"], r["run"], r["round"], r["created_at"], json.loads(r["metrics"])) for r in rows]
+
+    def newest_model(self) -> ModelRow | None:
+        """The version that is published."""
+        rows = self.models()
+        return rows[-1] if rows else None
+
+    # rounds
+
+    def open_round(self, run: str, number: int, base_version: int, deadline: float, now: float) -> None:
+        """A new round in state joining."""
+        self._db.execute(
+            "INSERT INTO rounds (run, round, state, base_version, deadline, opened_at) VALUES (?, ?, 'joining', ?, ?, ?)",
+            (run, number, base_version, deadline, now),
+        )
+
+    def move_round(self, run: str, number: int, old: str, new: str, deadline: float, now: float, reason: str = "") -> bool:
+        """Compare and set a round's state; False if it was not in `old`."""
+        closed = now if new in ("published", "failed") else None
+        return bool(
+            self._db.execute(
+                "UPDATE rounds SET state = ?, deadline = ?, closed_at = ?, reason = ? WHERE run = ? AND round = ? AND state = ?",
+                (new, deadline, closed, reason, run, number, old),
+            ).rowcount
+        )
+
+    def extend_round(self, run: str, number: int, deadline: float) -> None:
+        """After the coordinator was away: the phase gets its time again."""
+        self._db.execute("UPDATE rounds SET deadline = MAX(deadline, ?) WHERE run = ? AND round = ?", (deadline, run, number))
+
+    def last_round(self, run: str) -> dict[str, Any] | None:
+        """The newest round of a run."""
+        row = self._db.execute("SELECT * FROM rounds WHERE run = ? ORDER BY round DESC LIMIT 1", (run,)).fetchone()
+        return dict(row) if row else None
+
+    def rounds(self, run: str | None = None) -> list[dict[str, Any]]:
+        """All rounds with their counts, oldest first."""
+        rows = self._db.execute(
+            "SELECT r.*, (SELECT COUNT(*) FROM members m WHERE m.run = r.run AND m.round = r.round) AS members,"
+            " (SELECT COUNT(*) FROM contributions c WHERE c.run = r.run AND c.round = r.round) AS committed"
+            " FROM rounds r WHERE ? IS NULL OR r.run = ? ORDER BY r.opened_at",
+            (run, run),
+        )
+        return [dict(row) for row in rows]
+
+    # members and contributions
+
+    def set_member(self, run: str, number: int, member: Member) -> None:
+        """Add or replace a member."""
+        self._db.execute(
+            "INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (run, number, member.device, member.status, member.join_message, member.nonce, member.plan, member.reason),
+        )
+
+    def members(self, run: str, number: int) -> dict[str, Member]:
+        """The cohort by device, in order of their names."""
+        rows = self._db.execute("SELECT * FROM members WHERE run = ? AND round = ? ORDER BY device", (run, number))
+        return {r["device"]: Member(r["device"], r["status"], r["join_message"], r["nonce"], r["plan"], r["reason"]) for r in rows}
+
+    def contribute(self, run: str, number: int, item: Contribution, now: float) -> bool:
+        """Commit an update; False if this device's is in already."""
+        return bool(
+            self._db.execute(
+                "INSERT OR IGNORE INTO contributions VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0)",
+                (run, number, item.device, item.blob, item.num_examples, item.depth, json.dumps(item.metrics), now),
+            ).rowcount
+        )
+
+    def contributions(self, run: str, number: int) -> dict[str, Contribution]:
+        """Committed updates by device."""
+        rows = self._db.execute("SELECT * FROM contributions WHERE run = ? AND round = ? ORDER BY device", (run, number))
+        return {
+            r["device"]: Contribution(r["device"], r["blob"], r["num_examples"], r["depth"], json.loads(r["metrics"]), bool(r["folded"]))
+            for r in rows
+        }
+
+    # partial sums
+
+    def partial(self, run: str, number: int) -> tuple[bytes, dict[str, int], list[str]] | None:
+        """-> (blob of the sums, weight of each tensor, the devices in it)."""
+        row = self._db.execute("SELECT * FROM partials WHERE run = ? AND round = ?", (run, number)).fetchone()
+        return (row["blob"], json.loads(row["weights"]), json.loads(row["members"])) if row else None
+
+    def set_partial(self, run: str, number: int, blob: bytes, weights: Mapping[str, int], members: list[str]) -> None:
+        """The sum, its weights and its members, and that they are folded: call within one transaction."""
+        self._db.execute(
+            "INSERT OR REPLACE INTO partials VALUES (?, ?, ?, ?, ?)", (run, number, blob, json.dumps(weights), json.dumps(members))
+        )
+        self._db.executemany(
+            "UPDATE contributions SET folded = 1 WHERE run = ? AND round = ? AND device = ?", [(run, number, d) for d in members]
+        )
+
+    def live_blobs(self) -> set[bytes]:
+        """Blobs of contributions not yet folded and of partial sums, of rounds that are still open."""
+        open_rounds = "(SELECT run, round FROM rounds WHERE state NOT IN ('published', 'failed'))"
+        rows = [
+            *self._db.execute(f"SELECT blob FROM contributions WHERE folded = 0 AND (run, round) IN {open_rounds}"),
+            *self._db.execute(f"SELECT blob FROM partials WHERE (run, round) IN {open_rounds}"),
+        ]
+        return {row["blob"] for row in rows}

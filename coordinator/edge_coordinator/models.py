@@ -1,0 +1,119 @@
+"""Model versions: importing the first one, publishing the next, exporting any. Names, shapes and bytes; no torch.
+
+Tensors of published versions are blobs in `store/`, which any device of the fleet may fetch; updates are kept apart in
+`updates/`, which no device can read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edge_coordinator.aggregate import Partial, Update, apply, fold
+from edge_coordinator.config import ModelSection
+from edge_coordinator.ledger import Contribution, Ledger
+from edge_runtime.errors import ModelError, UsageError
+from edge_runtime.manifest import Manifest, decode_manifest, encode_manifest, make_manifest
+from edge_runtime.source import find_checkpoint, open_source, save_folder
+from edge_runtime.store import BlobStore
+
+KEEP_VERSIONS = 3  # besides the first; older ones keep their row in the ledger and lose their tensors
+FOLD_AT = 8  # committed updates that are summed up into one partial, so that disk use stays bounded
+
+
+class Models:
+    """The versions of one fleet."""
+
+    def __init__(self, folder: Path, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.store = BlobStore(folder / "store")
+        self.updates = BlobStore(folder / "updates")
+
+    def import_first(self, section: ModelSection, now: float, progress: Callable[[str], None]) -> Manifest:
+        """Version 1: the base checkpoint with a head for the fleet's labels, cut into blobs."""
+        checkpoint = find_checkpoint(section.base, max_length=section.max_length, family=section.family, progress=progress)
+        if checkpoint.labels and tuple(checkpoint.labels) != section.labels:
+            raise UsageError(f"{section.base} has a head for {len(checkpoint.labels)} other labels than fleet.toml names: make them the same")
+        source = open_source(checkpoint, section.labels, self.store.folder)
+        blobs = {}
+        for tensor in source.spec.tensors:
+            array = source.weights[tensor.name].array()
+            blobs[tensor.name] = self.store.put(array.astype("<f4", copy=False).tobytes())
+        tokenizer = source.tokenizer.read_bytes()
+        manifest = make_manifest(source.spec, blobs, self.store.put(tokenizer), len(tokenizer), version=1)
+        blob = self.store.put(encode_manifest(manifest))
+        with self.ledger.transaction():
+            self.ledger.add_model(1, blob, "", 0, {"base": section.base}, now)
+        return manifest
+
+    def newest(self) -> tuple[Manifest, bytes] | None:
+        """-> (manifest, its hash) of the published version."""
+        row = self.ledger.newest_model()
+        return (self.manifest(row.manifest), row.manifest) if row else None
+
+    def manifest(self, blob: bytes) -> Manifest:
+        """Read a manifest from the store."""
+        try:
+            return decode_manifest(self.store.path(blob).read_bytes())
+        except FileNotFoundError:
+            raise ModelError(f"the manifest {blob.hex()[:12]} is no longer kept: the newest {KEEP_VERSIONS} versions and the first are") from None
+
+    def fold(self, run: str, number: int, base: Manifest, committed: Mapping[str, Contribution]) -> Partial | None:
+        """Add every committed update that is not in the partial sum yet; sum, weights and members in one transaction."""
+        found = self.ledger.partial(run, number)
+        old_blob = found[0] if found else None
+        partial = Partial(self.updates.path(found[0]), found[1]) if found else None
+        members = found[2] if found else []
+        fresh = [c for c in committed.values() if not c.folded]
+        if not fresh:
+            return partial
+        updates = [Update(c.device, self.updates.path(c.blob), c.num_examples, c.depth) for c in fresh]
+        draft = self.updates.folder / "partial" / "sum.tmp"
+        made = fold(base.spec, partial, updates, draft)
+        blob = self.updates.adopt(draft)
+        with self.ledger.transaction():
+            self.ledger.set_partial(run, number, blob, made.weights, sorted([*members, *(c.device for c in fresh)]))
+        for done in {c.blob for c in fresh} | ({old_blob} if old_blob and old_blob != blob else set()):
+            self.updates.delete(done)
+        return Partial(self.updates.path(blob), made.weights)
+
+    def next_version(self, base: Manifest, base_blob: bytes, partial: Partial, method: str) -> tuple[Manifest, bytes]:
+        """The model after a round: changed tensors as new blobs, and the manifest; not yet in the ledger."""
+        paths = {t.name: self.store.path(t.blob) for t in base.tensors}
+        changed = apply(base.spec, partial, paths, self.store)
+        blobs = {t.name: changed.get(t.name, t.blob) for t in base.tensors}
+        manifest = make_manifest(
+            base.spec, blobs, base.tokenizer, base.tokenizer_bytes, version=base.version + 1, method=method, parent=base_blob
+        )
+        return manifest, self.store.put(encode_manifest(manifest))
+
+    def clean(self) -> None:
+        """Delete what no kept version and no open round needs."""
+        rows = self.ledger.models()
+        wanted: set[bytes] = set()
+        for row in [*rows[:1], *rows[1:][-KEEP_VERSIONS:]]:
+            if self.store.has(row.manifest):
+                wanted |= {row.manifest, *self.manifest(row.manifest).blobs()}
+        self.store.keep_only(wanted)
+        self.updates.keep_only(self.ledger.live_blobs())
+
+    def export_folder(self, version: int, out: Path) -> None:
+        """Write a version as a checkpoint folder.
+
+        Raises:
+            UsageError: there is no such version; ModelError: its tensors are no longer kept.
+        """
+        rows = {row.version: row for row in self.ledger.models()}
+        if version not in rows:
+            raise UsageError(f"there is no model version {version}; there are {', '.join(map(str, rows)) or 'none'}")
+        manifest = self.manifest(rows[version].manifest)
+        save_folder(out, manifest.spec, manifest.mapped(self.store), self.store.path(manifest.tokenizer))
+
+
+def describe_versions(ledger: Ledger) -> Sequence[Mapping[str, Any]]:
+    """For `edge-coordinator models`."""
+    return [
+        {"version": r.version, "run": r.run, "round": r.round, "created_at": r.created_at, "manifest": r.manifest.hex(), **r.metrics}
+        for r in ledger.models()
+    ]

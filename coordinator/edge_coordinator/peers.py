@@ -1,0 +1,66 @@
+"""What the coordinator holds for each connected device: its transfers in both directions, and what it last said.
+
+All of it can be lost: a device asks again after every reconnect. Bounded for each device. No ledger, no decisions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from edge_runtime.store import BlobStore
+from edge_runtime.transfer import Receiver, Sender
+from edge_runtime.wire import Offer, Status
+
+MAX_BAD_HASHES = 3
+
+
+@dataclass
+class Peer:
+    """One device, from the coordinator's point of view."""
+
+    device: str
+    sender: Sender
+    receiver: Receiver
+    status: Status | None = None
+    offer: Offer | None = None  # whose blob is being fetched
+    bad_hashes: int = 0
+    refused: set[str] = field(default_factory=set)  # kinds of bad messages already reported, so that logs stay bounded
+
+
+class Peers:
+    """The devices that have said something since this coordinator started."""
+
+    def __init__(self, models: BlobStore, updates: BlobStore) -> None:
+        self._models, self._updates = models, updates
+        self._peers: dict[str, Peer] = {}
+        self._turn: list[str] = []
+
+    def get(self, device: str) -> Peer:
+        """The device's peer, made at its first word."""
+        if device not in self._peers:
+            self._peers[device] = Peer(device, Sender(self._models), Receiver(self._updates))
+        return self._peers[device]
+
+    def online(self) -> list[str]:
+        """Devices that are there now."""
+        return [p.device for p in self._peers.values() if p.status and p.status.state == "online"]
+
+    def all(self) -> list[Peer]:
+        """Every peer."""
+        return list(self._peers.values())
+
+    def next_chunk(self) -> tuple[str, bytes] | None:
+        """The next chunk to send, device after device in turn."""
+        for _ in range(len(self._peers)):
+            if not self._turn:
+                self._turn = list(self._peers)
+            device = self._turn.pop()
+            if device in self._peers and (chunk := self._peers[device].sender.next_chunk()):
+                return device, chunk
+        return None
+
+    def reset_transfers(self, now: float) -> None:
+        """After our own reconnect: whatever was in flight is lost."""
+        for peer in self._peers.values():
+            peer.sender.clear()
+            peer.receiver.restart(now)

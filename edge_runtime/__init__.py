@@ -1,0 +1,34 @@
+"""edge-runtime: finetune a small transformer within a device's real memory, alone or in a fleet, and answer with it.
+
+    from edge_runtime import Device, plan, train, Predictor
+
+The names are imported when they are first used, so that `import edge_runtime` stays small and fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edge_runtime.local import DataOptions, Device, plan, train
+    from edge_runtime.predict import Prediction, Predictor
+    from edge_runtime.records import TrainSettings
+
+_HOME = {
+    "DataOptions": "local",
+    "Device": "local",
+    "Prediction": "predict",
+    "Predictor": "predict",
+    "TrainSettings": "records",
+    "plan": "local",
+    "train": "local",
+}
+
+__all__ = ["DataOptions", "Device", "Prediction", "Predictor", "TrainSettings", "plan", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'edge_runtime' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"edge_runtime.{_HOME[name]}"), name)

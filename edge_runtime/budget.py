@@ -1,0 +1,62 @@
+"""Budgets as people write them ("450MB", "60%", "auto") and as the planner wants them: bytes. Pure."""
+
+from __future__ import annotations
+
+import re
+
+from edge_runtime.errors import UsageError
+from edge_runtime.records import DeviceProfile
+
+AGENT_RESERVE_BYTES = 64 << 20  # for the agent beside its training process; a test holds the agent to it
+STEP_BYTES = 8 << 20  # automatic budgets are rounded down to this, so that small fluctuations do not change the plan
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*\Z", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """"450MB" -> 450_000_000, "450MiB" -> 471_859_200, "450" -> 450.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    match = SIZE.match(text)
+    unit = UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise UsageError(f"{text!r} is not a size: write for example 450MB, 1.5GiB or a number of bytes")
+    return int(float(match[1]) * unit)
+
+
+def parse_seconds(text: str) -> float:
+    """"90", "90s", "15m" or "2h" -> seconds.
+
+    Raises:
+        UsageError: it is no duration.
+    """
+    match = re.match(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*\Z", text)
+    if match is None:
+        raise UsageError(f"{text!r} is not a duration: write for example 90s, 15m or 2h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def memory_budget(text: str, profile: DeviceProfile) -> int:
+    """What the training process may hold at its peak.
+
+    "auto" is what is free now and below the limit, less the agent's reserve; "N%" is that share of what is available;
+    a size is taken as it is, but never more than is available.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    available = profile.memory_available_bytes
+    if text == "auto":
+        room = min(profile.memory_limit_bytes - AGENT_RESERVE_BYTES, available)
+        return max(0, room // STEP_BYTES * STEP_BYTES)
+    if text.endswith("%"):
+        try:
+            share = float(text[:-1]) / 100
+        except ValueError:
+            share = -1.0
+        if not 0 < share <= 1:
+            raise UsageError(f"{text!r} must be above 0% and at most 100%")
+        return int(available * share) // STEP_BYTES * STEP_BYTES
+    return min(parse_bytes(text), available)

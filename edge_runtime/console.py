@@ -1,0 +1,109 @@
+"""What the command lines share: errors to exit codes, progress that behaves off a terminal, tables, stopping cleanly.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+from edge_runtime.errors import EdgeError
+
+INTERRUPTED = 130
+
+
+def run_main(main: Callable[[], int]) -> int:
+    """Run a command: our errors become one line and their exit code; Ctrl-C ends with 130; a closed pipe is no error."""
+    try:
+        code = main()
+        sys.stdout.flush()
+        return code
+    except EdgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def note(line: str) -> None:
+    """Something a person may want to know, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on a line of its own."""
+    print(json.dumps(value), flush=True)
+
+
+def what_is_trained(depth: int) -> str:
+    """A suffix depth in words."""
+    return {0: "the head", 1: "the last block"}.get(depth, f"the last {depth} blocks")
+
+
+def plain_event(event: dict[str, Any]) -> str:
+    """An event that has no sentence of its own."""
+    return " ".join([event["event"], *(f"{k}={v}" for k, v in event.items() if k != "event")])
+
+
+class Bar:
+    """Training progress: one line that rewrites itself on a terminal, a line every ten percent elsewhere."""
+
+    def __init__(self, label: str) -> None:
+        self._label, self._start, self._tenth = label, time.monotonic(), -1
+        self._live = sys.stderr.isatty()
+
+    def __call__(self, step: int, steps: int, loss: float) -> None:
+        """Show that `step` of `steps` is done."""
+        elapsed = time.monotonic() - self._start
+        left = elapsed / step * (steps - step)
+        text = f"{self._label} {step}/{steps}  loss {loss:.3f}  {elapsed:.0f} s, {left:.0f} s left"
+        if self._live:
+            done = 24 * step // steps
+            end = "\n" if step == steps else ""
+            sys.stderr.write(f"\r\x1b[K[{'#' * done}{'.' * (24 - done)}] {text}{end}")
+            sys.stderr.flush()
+        elif 10 * step // steps > self._tenth:
+            self._tenth = 10 * step // steps
+            note(text)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned; numbers to the right."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.rjust(w) if c[:1].isdigit() or c == "-" else c.ljust(w) for c, w in zip(cells, widths, strict=True)]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(header), line(["-" * w for w in widths]).replace(" -", " -"), *(line(row) for row in rows)])
+
+
+@contextlib.contextmanager
+def until_told_to_stop() -> Iterator[Callable[[], bool]]:
+    """`keep_going()` turns False at SIGTERM or Ctrl-C; a second one interrupts at once."""
+    stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        if stopped:
+            raise KeyboardInterrupt
+        stopped = True
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: not stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

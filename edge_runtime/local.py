@@ -1,0 +1,245 @@
+"""Finetuning on one device, without a coordinator: what `edge-runtime plan` and `train` do, as Python functions.
+
+    from edge_runtime import Device, plan, train, Predictor
+
+No torch in this process: tokenising, calibration and training each run in a worker process that gives its memory back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_runtime import hardware
+from edge_runtime.budget import memory_budget, parse_bytes, parse_seconds
+from edge_runtime.calibration import calibrate, torch_version, worker_job
+from edge_runtime.cost import DataShape
+from edge_runtime.errors import DoesNotFit, UsageError
+from edge_runtime.planner import check_settings, choose, cost_table, make_plan, over_budget
+from edge_runtime.records import Budget, CostRow, DeviceProfile, Plan, TrainReport, TrainSettings
+from edge_runtime.source import (
+    DEFAULT_FAMILY,
+    Checkpoint,
+    Source,
+    add_update,
+    find_checkpoint,
+    open_source,
+    save_folder,
+)
+from edge_runtime.store import read_json
+from edge_runtime.training.process import Worker, run_worker, wait_for
+from edge_runtime.wire import from_plain, to_plain
+
+
+def cache_folder() -> Path:
+    """Where fetched models, tokenised data and calibrations are kept: $EDGE_CACHE or the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("EDGE_CACHE") or Path(base) / "edge-runtime")
+
+
+@dataclass(frozen=True)
+class Device:
+    """This machine, as the planner sees it: what it measured, and how many threads training may use."""
+
+    profile: DeviceProfile
+    threads: int
+
+    @staticmethod
+    def measure(threads: int | None = None, *, speed: bool = True) -> Device:
+        """Measure this machine; about a second, or at once without the speed probe."""
+        return Device(hardware.profile(speed=speed), threads or hardware.usable_cores())
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How to read a data file."""
+
+    text_column: str = "text"
+    label_column: str = "label"
+    encoding: str | None = None
+    bad_rows: str = "error"  # or "skip"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data tokenised for a model: where it lies, its shape, and what was left out."""
+
+    corpus: Path
+    test_corpus: Path | None
+    data: DataShape
+    labels: tuple[str, ...]
+    skipped: int
+    first_skipped: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The whole cost table with what fits, the choice and the reasons."""
+
+    rows: tuple[CostRow, ...]
+    why_not: tuple[str, ...]  # for each row; empty where it fits
+    chosen: Plan | None
+    refusal: str  # why nothing was chosen
+    budget: Budget
+    source: Source
+    prepared: Prepared
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    data: str | Path,
+    cache: Path,
+    options: DataOptions,
+    *,
+    holdout: float = 0.0,
+    seed: int = 0,
+    test: str | Path | None = None,
+) -> Prepared:
+    """Read and tokenise a data file in a worker process; what was done before is found again by its hash."""
+    job = {
+        "job": "corpus",
+        "data": str(Path(data).absolute()),
+        "tokenizer": str(checkpoint.tokenizer),
+        "labels": checkpoint.labels,
+        "max_length": checkpoint.max_length,
+        "cache": str((cache / "corpora").absolute()),
+        "holdout": holdout,
+        "seed": seed,
+        "test": str(Path(test).absolute()) if test else None,
+        **dataclasses.asdict(options),
+    }
+    found = run_worker(job)
+    shape = read_shape(Path(found["folder"]))
+    test_corpus = Path(found["test_folder"]) if found["test_folder"] else None
+    return Prepared(Path(found["folder"]), test_corpus, shape, tuple(found["labels"]), found["skipped"], tuple(found["first_skipped"]))
+
+
+def plan(
+    model: str,
+    data: str | Path,
+    *,
+    memory: str = "auto",
+    time: str | None = None,
+    upload: str | None = None,
+    settings: TrainSettings | None = None,
+    device: Device | None = None,
+    max_length: int | None = None,
+    family: str = DEFAULT_FAMILY,
+    new_head: bool = False,
+    options: DataOptions | None = None,
+    holdout: float = 0.0,
+    test: str | Path | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Planned:
+    """What could be trained here: every suffix depth with and without gradient checkpointing, and the choice.
+
+    Args:
+        model: a checkpoint folder, an alias such as "minilm-l6", a hub id, or an agent's folder.
+        data: CSV, TSV or JSON lines with a text and a label in each row.
+        memory, time, upload: budgets, for example "450MB", "60%" or "auto"; "15m"; "2MB".
+        holdout: share of the data kept for testing; `test` is a file for the same purpose.
+
+    Raises:
+        UsageError, DataError, ModelError, MissingExtra: as their names say. That nothing fits is no error here.
+    """
+    settings = check_settings(settings or TrainSettings())
+    device = device or Device.measure(speed=False)
+    budget = Budget(
+        memory_budget(memory, device.profile), parse_seconds(time) if time else None, parse_bytes(upload) if upload else None
+    )
+    cache = cache_folder()
+    torch_version()  # say at once that it is missing
+    checkpoint = find_checkpoint(model, max_length=max_length, family=family, new_head=new_head, progress=progress)
+    progress("reading the data")
+    prepared = prepare(checkpoint, data, cache, options or DataOptions(), holdout=holdout, seed=settings.seed, test=test)
+    source = open_source(checkpoint, prepared.labels, cache)
+    progress("measuring this machine with the model")
+    calibration = calibrate(source, prepared.data.mean_length, device.threads, cache)
+    rows = cost_table(source.spec, prepared.data, settings, calibration, budget)
+    why_not = tuple(over_budget(row, budget, settings.epochs) for row in rows)
+    chosen, refusal = None, ""
+    try:
+        chosen = make_plan(choose(rows, budget, settings.epochs), prepared.data, settings)
+    except DoesNotFit as error:
+        refusal = str(error)
+    return Planned(tuple(rows), why_not, chosen, refusal, budget, source, prepared)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The finetuned model's folder, what its training took, and how it was kept within its limit."""
+
+    folder: Path
+    report: TrainReport
+    enforced_by: str
+
+
+def train(
+    planned: Planned,
+    out: str | Path,
+    *,
+    device: Device | None = None,
+    depth: int | None = None,
+    progress: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+) -> Trained:
+    """Carry out a plan in a worker process under its memory budget, and save the model as a folder.
+
+    Args:
+        planned: from `plan`.
+        depth: train this suffix depth instead of the deepest that fits.
+        progress: called with (step, steps, loss).
+
+    Raises:
+        DoesNotFit: nothing fits, or the asked depth does not.
+        TrainingFailed: the process ended without a result.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file: name a folder for the model")
+    device = device or Device.measure(speed=False)
+    chosen = _chosen(planned, depth)
+    out.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=out, prefix=".training."))
+    try:
+        update = scratch / "update.f32"
+        job = worker_job("train", planned.source) | {
+            "plan": to_plain(chosen),
+            "corpus": str(planned.prepared.corpus),
+            "test_corpus": str(planned.prepared.test_corpus) if planned.prepared.test_corpus else None,
+            "threads": device.threads,
+            "update": str(update.absolute()),
+        }
+        worker = Worker(job, limit_bytes=planned.budget.memory_bytes, threads=device.threads)
+        report: TrainReport = from_plain(TrainReport, wait_for(worker, progress)["report"], "report")
+        weights = add_update(planned.source.spec, planned.source.weights, chosen.chosen.depth, update, scratch)
+        save_folder(out, planned.source.spec, weights, planned.source.tokenizer)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return Trained(out, report, worker.enforced_by)
+
+
+def _chosen(planned: Planned, depth: int | None) -> Plan:
+    if planned.chosen is None:
+        raise DoesNotFit(planned.refusal, needed_bytes=min(row.peak_bytes for row in planned.rows))
+    if depth is None:
+        return planned.chosen
+    of_depth = [(row, why) for row, why in zip(planned.rows, planned.why_not, strict=True) if row.depth == depth]
+    if not of_depth:
+        raise UsageError(f"the model has depths 0 to {planned.source.spec.num_blocks}, not {depth}")
+    fitting = [row for row, why in of_depth if not why]
+    if not fitting:
+        raise DoesNotFit(f"depth {depth} does not fit: {of_depth[-1][1]}", needed_bytes=min(r.peak_bytes for r, _ in of_depth))
+    row = min(fitting, key=lambda r: r.epoch_s)
+    return make_plan(row, planned.prepared.data, planned.chosen.settings)
+
+
+def read_shape(corpus: Path) -> DataShape:
+    """What the costs depend on in a tokenised data set."""
+    stats = read_json(corpus / "corpus.json")
+    mean = sum(n * count for n, count in enumerate(stats["lengths"])) / stats["num_examples"]
+    return DataShape(stats["num_examples"], stats["longest"], mean)

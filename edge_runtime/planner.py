@@ -1,0 +1,104 @@
+"""From costs and budgets to the plan, and why the others lost. Pure: its test is two lines.
+
+The rule of CAFF (`docs/methods.md`): train the deepest suffix that fits memory, time and upload. Smaller micro-batches come
+before gradient checkpointing, since they save as much and cost less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edge_runtime.cost import Calibration, DataShape, cost, micro_batches
+from edge_runtime.errors import DoesNotFit, UsageError
+from edge_runtime.model import ModelSpec
+from edge_runtime.records import Budget, CostRow, Plan, TrainSettings
+
+OPTIMIZERS = ("adamw", "sgd")
+
+
+def check_settings(settings: TrainSettings) -> TrainSettings:
+    """The settings, if they make sense together.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
+    if settings.optimizer not in OPTIMIZERS:
+        raise UsageError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, it is {settings.optimizer!r}")
+    limits = {"epochs": (1, 1000), "batch_size": (1, 4096), "learning_rate": (0, 10), "head_learning_rate": (0, 10), "weight_decay": (0, 1)}
+    for name, (low, high) in limits.items():
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            raise UsageError(f"{name} must be from {low} to {high}, it is {value}")
+    return settings
+
+
+def cost_table(spec: ModelSpec, data: DataShape, settings: TrainSettings, calibration: Calibration, budget: Budget) -> list[CostRow]:
+    """One row for every suffix depth, without and with gradient checkpointing, each with its best micro-batch.
+
+    Best is the fastest that fits the memory budget, else the smallest. Depth 0 (the head) has nothing to checkpoint.
+    """
+    rows = []
+    for depth in range(spec.num_blocks + 1):
+        for checkpointing in (False, True) if depth else (False,):
+            tried = [
+                cost(spec, data, settings, calibration, depth, checkpointing, size)
+                for size in micro_batches(min(settings.batch_size, data.num_examples))
+            ]
+            fitting = [row for row in tried if row.peak_bytes <= budget.memory_bytes]
+            rows.append(min(fitting, key=lambda r: r.step_s) if fitting else min(tried, key=lambda r: r.peak_bytes))
+    return rows
+
+
+def over_budget(row: CostRow, budget: Budget, epochs: int) -> str:
+    """Why a row does not fit, in words; empty if it fits."""
+    reasons = []
+    if row.peak_bytes > budget.memory_bytes:
+        reasons.append(f"memory {mib(row.peak_bytes)} > {mib(budget.memory_bytes)}")
+    if budget.time_s is not None and row.epoch_s * epochs > budget.time_s:
+        reasons.append(f"time {row.epoch_s * epochs:.0f} s > {budget.time_s:.0f} s")
+    if budget.upload_bytes is not None and row.upload_bytes > budget.upload_bytes:
+        reasons.append(f"upload {mib(row.upload_bytes)} > {mib(budget.upload_bytes)}")
+    return ", ".join(reasons)
+
+
+def feasible(rows: Sequence[CostRow], budget: Budget, epochs: int) -> list[CostRow]:
+    """The rows that fit all budgets, best first: deepest, then fastest."""
+    return sorted((r for r in rows if not over_budget(r, budget, epochs)), key=lambda r: (-r.depth, r.epoch_s))
+
+
+def choose(rows: Sequence[CostRow], budget: Budget, epochs: int) -> CostRow:
+    """The deepest suffix that fits.
+
+    Raises:
+        DoesNotFit: nothing does; it says what the cheapest candidate would need.
+    """
+    fitting = feasible(rows, budget, epochs)
+    if fitting:
+        return fitting[0]
+    least = min(rows, key=lambda r: (r.peak_bytes, r.upload_bytes))
+    raise DoesNotFit(
+        f"not even the head can be trained: {over_budget(least, budget, epochs)}; raise the budget, or choose a smaller model or max_length",
+        needed_bytes=least.peak_bytes,
+    )
+
+
+def make_plan(row: CostRow, data: DataShape, settings: TrainSettings) -> Plan:
+    """The plan of a chosen row."""
+    per_epoch = -(-data.num_examples // settings.batch_size)
+    return Plan(row, settings, per_epoch * settings.epochs)
+
+
+def shrink(plan: Plan, rows: Sequence[CostRow], memory_bytes: int) -> Plan | None:
+    """A granted plan made to fit what memory there is now: the same depth, in smaller pieces. None if that is impossible."""
+    if plan.chosen.peak_bytes <= memory_bytes:
+        return plan
+    smaller = [r for r in rows if r.depth == plan.chosen.depth and r.peak_bytes <= memory_bytes]
+    if not smaller:
+        return None
+    return Plan(min(smaller, key=lambda r: r.epoch_s), plan.settings, plan.steps)
+
+
+def mib(num_bytes: int) -> str:
+    """Bytes for people: MiB with one digit where it is small."""
+    value = num_bytes / 2**20
+    return f"{value:.1f} MiB" if value < 10 else f"{value:.0f} MiB"

@@ -1,0 +1,118 @@
+"""The values that travel between the parts: profile, budget, cost row, settings, plan, report. Frozen; units in names.
+
+The bounds beside the types are enforced where such a record arrives over the wire (`wire.py`); inside one process they
+are documentation. Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+
+@dataclass(frozen=True)
+class Range:
+    """Inclusive bounds of a number, or of the length of a text, bytes or tuple."""
+
+    low: float
+    high: float
+
+
+Bytes = Annotated[int, Range(0, 1 << 50)]
+Seconds = Annotated[float, Range(0, 1e9)]
+Count = Annotated[int, Range(0, 1 << 31)]
+Sha256 = Annotated[bytes, Range(32, 32)]
+Name = Annotated[str, Range(1, 64)]
+Reason = Annotated[str, Range(0, 500)]
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """What a machine can do now. `None` where the machine does not tell."""
+
+    ram_total_bytes: Bytes
+    ram_available_bytes: Bytes
+    cgroup_limit_bytes: Bytes | None  # the lowest limit of the process's cgroup and its ancestors
+    cgroup_available_bytes: Bytes | None  # that limit less what the cgroup cannot give back
+    cores: Count
+    gflops: Annotated[float, Range(0, 1e9)]  # float32 matrix product of a block's shape, all usable cores
+    memory_gb_per_s: Annotated[float, Range(0, 1e6)]  # copy, read plus written bytes
+    temperature_c: Annotated[float, Range(-100, 300)] | None = None
+    battery_percent: Annotated[float, Range(0, 100)] | None = None
+    plugged_in: bool | None = None
+
+    @property
+    def memory_limit_bytes(self) -> int:
+        """What this process may hold at most: RAM, or the cgroup limit where it is lower."""
+        return min(self.ram_total_bytes, self.cgroup_limit_bytes or self.ram_total_bytes)
+
+    @property
+    def memory_available_bytes(self) -> int:
+        """What can be had now."""
+        if self.cgroup_available_bytes is None:
+            return self.ram_available_bytes
+        return min(self.ram_available_bytes, self.cgroup_available_bytes)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What training may use. `None` is no limit."""
+
+    memory_bytes: Bytes  # peak resident memory of the training process
+    time_s: Seconds | None = None  # for all local epochs of one round
+    upload_bytes: Bytes | None = None  # of one update
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train, the same for every device of a run."""
+
+    epochs: Annotated[int, Range(1, 1000)] = 1
+    batch_size: Annotated[int, Range(1, 4096)] = 16
+    learning_rate: Annotated[float, Range(0, 10)] = 3e-4
+    head_learning_rate: Annotated[float, Range(0, 10)] = 3e-3
+    weight_decay: Annotated[float, Range(0, 1)] = 0.01
+    optimizer: Annotated[str, Range(3, 5)] = "adamw"  # or "sgd"
+    seed: Annotated[int, Range(0, (1 << 63) - 1)] = 0
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """One candidate plan and what it is predicted to cost."""
+
+    depth: Annotated[int, Range(0, 1000)]  # 0 = head only
+    checkpointing: bool
+    micro_batch: Annotated[int, Range(1, 4096)]
+    peak_bytes: Bytes  # resident memory of the training process
+    step_s: Seconds  # one optimizer step on a batch of mean length
+    epoch_s: Seconds
+    upload_bytes: Bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one device trains, and the peak and time promised for it."""
+
+    chosen: CostRow
+    settings: TrainSettings
+    steps: Count  # optimizer steps over all epochs
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a training run did, measured beside promised."""
+
+    depth: int
+    checkpointing: bool
+    micro_batch: int
+    backend: str
+    num_examples: int
+    steps: int
+    first_loss: float
+    last_loss: float  # mean over the last tenth of the steps
+    train_s: float  # wall seconds of the steps
+    total_s: float  # wall seconds of the whole process
+    peak_bytes: int  # VmHWM
+    promised_peak_bytes: int
+    promised_s: float
+    accuracy: float | None = None  # on the held-out rows, where there were any

@@ -1,0 +1,111 @@
+"""What a device can do with the fleet's model and its own data: tokenised corpus, calibration, cost table, budgets.
+
+Between the agent, which talks, and the planner, which is pure. Remembers what is slow to make, for as long as model shape
+and data file stay the same. Runs worker processes; imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+from edge_runtime import hardware
+from edge_runtime.budget import memory_budget
+from edge_runtime.calibration import calibrate
+from edge_runtime.cost import Calibration, DataShape
+from edge_runtime.local import DataOptions, prepare
+from edge_runtime.manifest import Manifest
+from edge_runtime.model import ModelSpec
+from edge_runtime.planner import cost_table
+from edge_runtime.records import Budget, Bytes, CostRow, Count, DeviceProfile, Name, Range, Seconds, TrainSettings
+from edge_runtime.source import Checkpoint, Source
+from edge_runtime.store import BlobStore
+
+
+@dataclass(frozen=True)
+class Offering:
+    """An update that is on disk and not yet committed: what `pending.json` holds."""
+
+    run: Name
+    round: Count
+    nonce: Annotated[str, Range(32, 32)]
+    blob: Annotated[str, Range(64, 64)]
+    num_bytes: Bytes
+    num_examples: Annotated[int, Range(1, 1 << 20)]
+    train_s: Seconds
+    peak_bytes: Bytes
+    first_loss: float
+    last_loss: float
+
+
+@dataclass(frozen=True)
+class CouldDo:
+    """What this device could train for a round."""
+
+    rows: tuple[CostRow, ...]
+    budget: Budget
+    data: DataShape
+    spec: ModelSpec
+    settings: TrainSettings
+    calibration: Calibration
+
+    def rows_within(self, memory_bytes: int) -> tuple[CostRow, ...]:
+        """The table for another memory budget."""
+        budget = replace(self.budget, memory_bytes=memory_bytes)
+        return tuple(cost_table(self.spec, self.data, self.settings, self.calibration, budget))
+
+
+class Session:
+    """One device's data and limits."""
+
+    def __init__(
+        self, data: Path, cache: Path, *, memory: str, time_s: float | None, upload_bytes: int | None, threads: int, options: DataOptions,
+        say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.threads = threads
+        self._data, self._cache, self._memory, self._options, self._say = data, cache, memory, options, say
+        self._time_s, self._upload_bytes = time_s, upload_bytes
+        self._made: tuple[object, Path, DataShape, Calibration] | None = None
+
+    def profile(self) -> DeviceProfile:
+        """This machine now, without the speed probe."""
+        return hardware.profile(speed=False)
+
+    def budget(self) -> Budget:
+        """The limits now."""
+        return Budget(memory_budget(self._memory, self.profile()), self._time_s, self._upload_bytes)
+
+    def inputs(self, manifest: Manifest, store: BlobStore) -> tuple[Source, Path]:
+        """The model's files and the tokenised data."""
+        corpus, _, _ = self._prepare(manifest, store)
+        return _source(manifest, store), corpus
+
+    def could_do(self, manifest: Manifest, store: BlobStore, settings: TrainSettings) -> CouldDo:
+        """The cost table for a round's settings.
+
+        Raises:
+            DataError, MissingExtra, TrainingFailed: the data cannot be read, torch is missing, the probe failed.
+        """
+        _, data, calibration = self._prepare(manifest, store)
+        budget = self.budget()
+        rows = cost_table(manifest.spec, data, settings, calibration, budget)
+        return CouldDo(tuple(rows), budget, data, manifest.spec, settings, calibration)
+
+    def _prepare(self, manifest: Manifest, store: BlobStore) -> tuple[Path, DataShape, Calibration]:
+        """Tokenise and calibrate, or remember it: both depend on the model's shape, not on its weights."""
+        stat = self._data.stat() if self._data.exists() else None
+        key = (manifest.spec, manifest.tokenizer, stat and (stat.st_mtime_ns, stat.st_size))
+        if self._made is None or self._made[0] != key or not self._made[1].exists():
+            checkpoint = Checkpoint(self._cache, store.path(manifest.tokenizer), manifest.max_length, manifest.labels, manifest.family)
+            prepared = prepare(checkpoint, self._data, self._cache, self._options)
+            if prepared.skipped:
+                self._say(f"{prepared.skipped} rows of {self._data} were skipped: {'; '.join(prepared.first_skipped[:3])}")
+            calibration = calibrate(_source(manifest, store), prepared.data.mean_length, self.threads, self._cache)
+            self._made = (key, prepared.corpus, prepared.data, calibration)
+        return self._made[1], self._made[2], self._made[3]
+
+
+def _source(manifest: Manifest, store: BlobStore) -> Source:
+    return Source(manifest.spec, manifest.mapped(store), store.path(manifest.tokenizer), {"model_version": str(manifest.version)})

@@ -1,0 +1,165 @@
+"""Opens a model wherever it lies: a checkpoint folder, an alias or hub id, or the model that an agent holds.
+
+Hands out names, shapes and file locations; loads nothing. The family's module is imported by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.errors import ModelError, UsageError
+from edge_runtime.manifest import Manifest, check_family, decode_manifest
+from edge_runtime.model import ModelSpec, load_family
+from edge_runtime.optional import require
+from edge_runtime.store import BlobStore, atomic_writer, write_json
+from edge_runtime.weights import MappedTensor, write_safetensors
+
+DEFAULT_FAMILY = "edge_models.bert"
+DEFAULT_MAX_LENGTH = 128
+MANIFEST_FILE = "model.msgpack"  # in an agent's folder: the manifest of the newest version it holds whole
+STORE_FOLDER = "store"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's folder, before it is known which classes it is to tell apart."""
+
+    folder: Path
+    tokenizer: Path
+    max_length: int
+    labels: tuple[str, ...] | None  # of its own head; None without one
+    family: str
+    manifest: Manifest | None = None  # for an agent's folder
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model whose tensors are on this disk."""
+
+    spec: ModelSpec
+    weights: Mapping[str, MappedTensor]
+    tokenizer: Path
+    metadata: Mapping[str, str]  # where it comes from: model version, method
+
+
+def find_checkpoint(
+    reference: str, *, max_length: int | None = None, family: str = DEFAULT_FAMILY, new_head: bool = False, progress: Callable[[str], None]
+) -> Checkpoint:
+    """Find a model by folder, alias, hub id, or the folder of an agent.
+
+    Args:
+        new_head: forget the head that the checkpoint may have, for a task with other classes.
+
+    Raises:
+        ModelError: there is no such model, or it is damaged.
+    """
+    folder = resolve(reference, progress)
+    if (folder / MANIFEST_FILE).exists():
+        manifest = decode_manifest((folder / MANIFEST_FILE).read_bytes())
+        tokenizer = BlobStore(folder / STORE_FOLDER).path(manifest.tokenizer)
+        labels = None if new_head else manifest.labels
+        return Checkpoint(folder, tokenizer, max_length or manifest.max_length, labels, manifest.family, manifest)
+    config, weights = load_family(family).open_folder(folder)
+    raw = json.loads((folder / "config.json").read_bytes())
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.exists():
+        raise ModelError(f"{folder} has no tokenizer.json: save the tokenizer in the `tokenizers` format beside the model")
+    length = max_length or raw.get("edge_max_length") or min(DEFAULT_MAX_LENGTH, int(config.get("max_position_embeddings", DEFAULT_MAX_LENGTH)))
+    labels = None if new_head else _own_labels(raw, {name: t.shape for name, t in weights.items()})
+    return Checkpoint(folder, tokenizer, length, labels, family)
+
+
+def open_source(checkpoint: Checkpoint, labels: Sequence[str] | None, scratch: Path) -> Source:
+    """Where the checkpoint's tensors lie, with a head of zeros in `scratch` where it has none for these labels.
+
+    Raises:
+        ModelError: the checkpoint is damaged, or has no head and no labels are given.
+    """
+    labels = checkpoint.labels or labels
+    if labels is None:
+        raise ModelError(f"{checkpoint.folder} has no classification head: train it first, or give the labels")
+    module = load_family(checkpoint.family)
+    if checkpoint.manifest is not None:
+        spec = check_family(checkpoint.manifest, (checkpoint.family,))
+        store = BlobStore(checkpoint.folder / STORE_FOLDER)
+        if missing := [blob for blob in checkpoint.manifest.blobs() if not store.has(blob)]:
+            raise ModelError(f"{checkpoint.folder} lacks {len(missing)} blobs of its model: let the agent fetch them again")
+        weights = checkpoint.manifest.mapped(store)
+        metadata = {"model_version": str(checkpoint.manifest.version), "method": checkpoint.manifest.method}
+        spec = module.describe(spec.config, labels, checkpoint.max_length)
+    else:
+        config, weights = module.open_folder(checkpoint.folder)
+        weights, metadata = dict(weights), {"model": checkpoint.folder.name}
+        spec = module.describe(config, labels, checkpoint.max_length)
+    for tensor in spec.suffix(0):
+        if checkpoint.labels is None or tensor.name not in weights:
+            weights[tensor.name] = zeros(scratch, tensor.shape)
+    return Source(spec, weights, checkpoint.tokenizer, metadata)
+
+
+def resolve(reference: str, progress: Callable[[str], None]) -> Path:
+    """The folder of a reference, fetching it if it is an alias or a hub id."""
+    if Path(reference).is_dir():
+        return Path(reference).absolute()
+    hub = require("edge_models.hub", extra="train")
+    folder: Path = hub.resolve(reference, progress)
+    return folder.absolute()
+
+
+def zeros(scratch: Path, shape: tuple[int, ...]) -> MappedTensor:
+    """A file of zeros: a new head says nothing about any class, and the features are not disturbed while it learns."""
+    num_bytes = 4 * math.prod(shape)
+    path = scratch / f"zeros-{num_bytes}"
+    if not path.exists() or path.stat().st_size != num_bytes:
+        with atomic_writer(path) as file:
+            file.write(bytes(num_bytes))
+    return MappedTensor(str(path), 0, shape)
+
+
+def _own_labels(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...] | None:
+    """The labels that a finetuned checkpoint's config.json names, if it has a head for just so many."""
+    named = config.get("id2label") if isinstance(config, dict) else None
+    if not isinstance(named, dict) or (len(named),) not in shapes.values() or "edge_family" not in config:
+        return None
+    ordered = [named.get(str(i)) for i in range(len(named))]
+    return tuple(ordered) if all(isinstance(label, str) and label for label in ordered) else None  # type: ignore[arg-type]
+
+
+def save_folder(out: Path, spec: ModelSpec, weights: Mapping[str, MappedTensor], tokenizer: Path) -> None:
+    """Write a checkpoint folder that `open_source` and other tools read: config.json, model.safetensors, tokenizer.json."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file: name a folder")
+    write_safetensors(out / "model.safetensors", [(t.name, weights[t.name]) for t in spec.tensors])
+    with atomic_writer(out / "tokenizer.json", mode=0o644) as file:
+        file.write(tokenizer.read_bytes())
+    config = {
+        **spec.config,
+        "model_type": spec.family.rsplit(".", 1)[-1],
+        "edge_family": spec.family,
+        "edge_max_length": spec.max_length,
+        "id2label": {str(i): label for i, label in enumerate(spec.labels)},
+        "label2id": {label: i for i, label in enumerate(spec.labels)},
+    }
+    write_json(out / "config.json", config)
+
+
+def add_update(spec: ModelSpec, weights: Mapping[str, MappedTensor], depth: int, update: Path, folder: Path) -> dict[str, MappedTensor]:
+    """The weights plus an update's deltas, the sums written as files below `folder`, one tensor in memory at a time."""
+    import numpy as np
+
+    result = dict(weights)
+    offset = 0
+    for number, tensor in enumerate(spec.suffix(depth)):
+        delta = MappedTensor(str(update), offset, tensor.shape).array()
+        path = folder / f"{number}.f32"
+        (weights[tensor.name].array() + delta).astype("<f4", copy=False).tofile(path)
+        result[tensor.name] = MappedTensor(str(path), 0, tensor.shape)
+        offset += delta.nbytes
+    if offset != update.stat().st_size or np.dtype("<f4").itemsize != 4:
+        raise ModelError(f"the update {update} has {update.stat().st_size} bytes, its plan {offset}")
+    return result

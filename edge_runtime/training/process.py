@@ -1,0 +1,207 @@
+"""Runs a worker process under a memory limit, watches it, and turns its end into a result or an error.
+
+Hard limit: a cgroup of its own where this process may make one (v1 or v2), else RLIMIT_DATA. In both cases a watchdog
+reads the resident size 20 times a second and kills a worker that passes its limit. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from edge_runtime import errors
+from edge_runtime.errors import EdgeError, TrainingFailed
+from edge_runtime.hardware import memory_cgroups, process_memory
+
+POLL_S = 0.05
+# RLIMIT_DATA counts reserved address space: thread stacks and allocator arenas that are never touched come on top.
+RLIMIT_RESERVE_BYTES = 512 << 20
+
+
+class Worker:
+    """One worker process. Use `poll` in a loop, or `run_worker` to wait for it."""
+
+    def __init__(self, job: Mapping[str, Any], *, limit_bytes: int | None, threads: int, nice: int = 0) -> None:
+        self.limit_bytes = limit_bytes
+        self._cgroup = _make_cgroup(limit_bytes) if limit_bytes else None
+        self.enforced_by = "cgroup" if self._cgroup else "rlimit and watchdog" if limit_bytes else "nothing"
+        self._over_limit = False
+        self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "OPENBLAS_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": str(threads),
+            "OMP_WAIT_POLICY": "passive",
+            # Tensors go back to the system as soon as they are freed: the peak is that of the law, not of the heap's holes.
+            "MALLOC_MMAP_THRESHOLD_": str(256 << 10),
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
+            "PYTHONSAFEPATH": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "edge_runtime.training.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for us to handle
+        )
+        self.pid = self._process.pid
+        if limit_bytes and self._cgroup is None:
+            _limit_data(self.pid, limit_bytes + RLIMIT_RESERVE_BYTES)
+        if nice:
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, self.pid, nice)
+        procs = str(self._cgroup / "cgroup.procs") if self._cgroup else None
+        threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
+        if limit_bytes:
+            threading.Thread(target=self._watch, daemon=True).start()
+        with contextlib.suppress(BrokenPipeError):  # it died at once: poll() says why
+            assert self._process.stdin
+            self._process.stdin.write(json.dumps({**job, "cgroup": procs}).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def poll(self, timeout_s: float) -> dict[str, Any] | None:
+        """The next line of progress ({"step", "steps", "loss"}) or the end ({"result"}), or None.
+
+        Raises:
+            EdgeError: what the worker reported, or TrainingFailed if it died.
+        """
+        try:
+            line = self._lines.get(timeout=timeout_s) if timeout_s > 0 else self._lines.get_nowait()
+        except queue.Empty:
+            return None
+        if line is None:
+            raise self._failure()
+        if "error" in line:
+            self.close()
+            kind = getattr(errors, line["kind"], None)
+            if line["kind"] == "MemoryError":
+                raise TrainingFailed(f"training ran out of memory: {line['error']}", out_of_memory=True)
+            if kind is None or not issubclass(kind, EdgeError):
+                raise TrainingFailed(line["error"])
+            raise kind(line["error"])
+        if "result" in line:
+            self.close()
+        return line
+
+    def close(self) -> None:
+        """Kill the process if it still runs, and give everything back. Idempotent."""
+        if self._process.poll() is None:
+            with contextlib.suppress(BrokenPipeError, OSError):
+                assert self._process.stdin
+                self._process.stdin.close()  # a worker that has finished ends by itself
+            try:
+                self._process.wait(2 if not self._over_limit else 0)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)
+                self._process.wait()
+        if self._cgroup:
+            _remove_cgroup(self._cgroup)
+            self._cgroup = None
+        self._stderr.close()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        for raw in stream:
+            with contextlib.suppress(ValueError):
+                self._lines.put(json.loads(raw))
+        self._lines.put(None)
+
+    def _watch(self) -> None:
+        while self._process.poll() is None:
+            if process_memory(self.pid).get("VmRSS", 0) > (self.limit_bytes or 0):
+                self._over_limit = True
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)
+            time.sleep(POLL_S)
+
+    def _failure(self) -> TrainingFailed:
+        code = self._process.wait()
+        self._stderr.seek(0)
+        tail = self._stderr.read()[-2000:].decode(errors="replace").strip().splitlines()
+        killed_by_limit = self._over_limit or (code == -signal.SIGKILL and self.limit_bytes is not None)
+        self.close()
+        if killed_by_limit:
+            limit = (self.limit_bytes or 0) / 2**20
+            return TrainingFailed(f"the training process was killed at its memory limit of {limit:.0f} MiB", out_of_memory=True)
+        if code < 0:
+            return TrainingFailed(f"the training process was killed by signal {-code}")
+        return TrainingFailed(f"the training process ended with code {code}: {tail[-1] if tail else 'no message'}")
+
+
+def run_worker(
+    job: Mapping[str, Any],
+    *,
+    limit_bytes: int | None = None,
+    threads: int = 1,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> dict[str, Any]:
+    """Run one job to its end; -> its result. Ctrl-C ends the worker too. Errors as `Worker.poll`."""
+    return wait_for(Worker(job, limit_bytes=limit_bytes, threads=threads), progress or (lambda step, steps, loss: None))
+
+
+def wait_for(worker: Worker, progress: Callable[[int, int, float], None]) -> dict[str, Any]:
+    """Wait for a worker's result; whatever happens, Ctrl-C too, the worker is gone afterwards."""
+    try:
+        while True:
+            line = worker.poll(0.5)
+            if line and "result" in line:
+                result: dict[str, Any] = line["result"]
+                return result
+            if line:
+                progress(line["step"], line["steps"], line["loss"])
+    finally:
+        worker.close()
+
+
+def _make_cgroup(limit_bytes: int) -> Path | None:
+    """A memory cgroup below our own with that limit, or None where that is not allowed."""
+    for parent, version in memory_cgroups()[:1]:
+        folder = parent / f"edge-train-{os.getpid()}-{time.monotonic_ns()}"
+        limit_file = "memory.limit_in_bytes" if version == 1 else "memory.max"
+        try:
+            folder.mkdir()
+        except OSError:
+            return None
+        try:
+            (folder / limit_file).write_text(str(limit_bytes))
+            if version == 2 and (folder / "memory.swap.max").exists():
+                (folder / "memory.swap.max").write_text("0")
+            return folder
+        except OSError:  # v2 without the memory controller delegated to us
+            _remove_cgroup(folder)
+    return None
+
+
+def _remove_cgroup(folder: Path) -> None:
+    for _ in range(20):  # the kernel needs a moment after the last process is gone
+        try:
+            return folder.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError:
+            time.sleep(0.05)
+
+
+def _limit_data(pid: int, limit_bytes: int) -> None:
+    import resource
+
+    if hasattr(resource, "prlimit"):
+        with contextlib.suppress(OSError, ValueError):
+            resource.prlimit(pid, resource.RLIMIT_DATA, (limit_bytes, limit_bytes))

@@ -1,0 +1,171 @@
+"""The torch backend: a frozen prefix without stored activations, a trained suffix, gradient checkpointing by hand.
+
+Lean on purpose: no torch.optim, no torch.utils.checkpoint and no transformers, because each pulls torch._dynamo and sympy
+(68 MB and 1.5 s). Weights that are not trained stay memory-mapped; only the suffix is copied. This is the one module of
+the device that imports torch; nothing imports it but the worker process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from edge_runtime.model import ModelSpec, load_family
+from edge_runtime.records import Plan, TrainSettings
+from edge_runtime.training.corpus import Batch
+from edge_runtime.weights import MappedTensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class TorchBackend:
+    """Trains the last blocks and the head of a model in float32 on the CPU.
+
+    Memory: 4 bytes per trained weight for itself, 4 for its gradient, 8 more with AdamW; the activations of one
+    micro-batch; the prefix only as the file pages that it touches.
+    """
+
+    name = "torch"
+
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, MappedTensor], plan: Plan, threads: int) -> None:
+        torch.set_num_threads(threads)
+        torch.manual_seed(plan.settings.seed)
+        self._depth, self._plan = plan.chosen.depth, plan
+        self._base = {t.name: weights[t.name] for t in spec.suffix(self._depth)}
+        tensors = {t.name: torch.from_numpy(weights[t.name].array()) for t in spec.tensors}
+        for name in self._base:
+            tensors[name] = tensors[name].clone()
+        self._model = load_family(spec.family).build(spec, tensors)
+        for name, parameter in self._model.named_parameters():  # type: ignore[attr-defined]
+            parameter.requires_grad_(name in self._base)
+        trained = {n: p for n, p in self._model.named_parameters() if n in self._base}  # type: ignore[attr-defined]
+        self._trained = {t.name: trained[t.name] for t in spec.suffix(self._depth)}
+        head = {t.name for t in spec.suffix(0)}
+        self._optimizer = Optimizer(self._trained, head, plan.settings)
+
+    def step(self, batch: Batch) -> float:
+        total = 0.0
+        for part in batch.split(self._plan.chosen.micro_batch):
+            total += self._accumulate(part, len(batch.labels))
+        self._optimizer.step()
+        return total
+
+    def correct(self, batch: Batch) -> int:
+        ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)
+        with torch.no_grad():
+            hidden, bias = self._model.embed(ids, mask)
+            for block in self._model.blocks:
+                hidden = block(hidden, bias)
+            predicted = self._model.head(hidden, mask).argmax(-1)
+        return int((predicted == torch.from_numpy(batch.labels)).sum())
+
+    def deltas(self) -> Iterator[tuple[str, np.ndarray[Any, np.dtype[Any]]]]:
+        for name, parameter in self._trained.items():
+            yield name, parameter.detach().numpy() - self._base[name].array()
+
+    # What the probe times: one block on a batch, and the optimizer. They disturb the weights: not for use in training.
+
+    def block_forward(self, batch: Batch) -> None:
+        """The last block without gradients."""
+        with torch.no_grad():
+            self._model.blocks[-1](*self._model.embed(torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)))
+
+    def block_train(self, batch: Batch) -> None:
+        """The last block forward and backward, with the gradient of its input."""
+        with torch.no_grad():
+            hidden, bias = self._model.embed(torch.from_numpy(batch.ids), torch.from_numpy(batch.mask))
+        hidden.requires_grad_()
+        self._model.blocks[-1](hidden, bias).sum().backward()
+
+    def block_update(self) -> None:
+        """An optimizer step on gradients that are zero."""
+        for parameter in self._trained.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self._optimizer.step()
+
+    def touch(self) -> None:
+        """Read every weight once, so that its mapped pages are resident as in a long run."""
+        with torch.no_grad():
+            for parameter in self._model.parameters():  # type: ignore[attr-defined]
+                parameter.view(-1)[::1024].sum()  # a page holds 1024 of them
+
+    def _accumulate(self, part: Batch, batch_size: int) -> float:
+        """Forward and backward of one micro-batch; adds to the gradients. -> its share of the batch's mean loss."""
+        ids, mask, labels = (torch.from_numpy(a) for a in (part.ids, part.mask, part.labels))
+        blocks = list(self._model.blocks)
+        cut = len(blocks) - self._depth
+        with torch.no_grad():  # the prefix: nothing is stored
+            hidden, bias = self._model.embed(ids, mask)
+            for block in blocks[:cut]:
+                hidden = block(hidden, bias)
+        if self._plan.chosen.checkpointing:
+            return self._checkpointed(blocks[cut:], hidden, bias, mask, labels, batch_size)
+        for block in blocks[cut:]:
+            hidden = block(hidden, bias)
+        loss = F.cross_entropy(self._model.head(hidden, mask), labels, reduction="sum") / batch_size
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def _checkpointed(self, blocks: list[Any], hidden: Any, bias: Any, mask: Any, labels: Any, batch_size: int) -> float:
+        """Only each block's input is kept; its inside is computed again when its turn comes (Chen et al. 2016)."""
+        inputs = []
+        with torch.no_grad():
+            for block in blocks:
+                inputs.append(hidden)  # (batch, seq, hidden)
+                hidden = block(hidden, bias)
+        hidden.requires_grad_(bool(blocks))
+        loss = F.cross_entropy(self._model.head(hidden, mask), labels, reduction="sum") / batch_size
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradient = hidden.grad
+        del hidden
+        for i in reversed(range(len(blocks))):
+            hidden = inputs.pop().requires_grad_(i > 0)
+            # The product with the gradient, and not backward(gradient), which imports sympy: 33 MB.
+            (blocks[i](hidden, bias) * gradient).sum().backward()
+            gradient = hidden.grad
+        return float(loss.detach())
+
+
+class Optimizer:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) or plain SGD, in place, one tensor's temporary at a time.
+
+    The head has a learning rate of its own; vectors (biases, norms) are not decayed.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], head: set[str], settings: TrainSettings) -> None:
+        self._settings = settings
+        self._rates = {n: settings.head_learning_rate if n in head else settings.learning_rate for n in parameters}
+        self._parameters = dict(parameters)
+        self._moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._steps = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Apply and clear the accumulated gradients."""
+        self._steps += 1
+        for name, parameter in self._parameters.items():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if self._settings.optimizer == "sgd":
+                parameter.add_(gradient, alpha=-self._rates[name])
+            else:
+                self._adamw(name, parameter, gradient)
+            parameter.grad = None
+
+    def _adamw(self, name: str, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+        beta1, beta2, epsilon = 0.9, 0.999, 1e-8
+        if name not in self._moments:
+            self._moments[name] = (torch.zeros_like(parameter), torch.zeros_like(parameter))
+        first, second = self._moments[name]
+        first.lerp_(gradient, 1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        rate = self._rates[name]
+        if parameter.dim() > 1:
+            parameter.mul_(1 - rate * self._settings.weight_decay)
+        scale = (second / (1 - beta2**self._steps)).sqrt_().add_(epsilon)
+        parameter.addcdiv_(first, scale, value=-rate / (1 - beta1**self._steps))

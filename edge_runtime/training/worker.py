@@ -1,0 +1,162 @@
+"""The training process: one job in as JSON on standard input, JSON lines out. Its exit returns all its memory.
+
+Started by `process.py` as `python -m edge_runtime.training.worker`; ends when its standard input closes, so that it never
+outlives an agent that was killed. Jobs: `corpus` (tokenise), `probe` (calibrate), `train`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.data import Example, Examples, read_examples
+from edge_runtime.errors import EdgeError, TrainingFailed, UsageError
+from edge_runtime.hardware import process_memory
+from edge_runtime.model import ModelSpec, load_family
+from edge_runtime.records import Plan, TrainReport
+from edge_runtime.split import train_test
+from edge_runtime.store import atomic_writer
+from edge_runtime.training.corpus import Corpus, build_corpus
+from edge_runtime.weights import MappedTensor
+from edge_runtime.wire import from_plain, to_plain
+
+STARTED = time.monotonic()
+Job = Mapping[str, Any]
+
+
+def emit(**fields: Any) -> None:
+    """One line to the agent."""
+    sys.stdout.write(json.dumps(fields) + "\n")
+    sys.stdout.flush()
+
+
+def spec_of(job: Job) -> ModelSpec:
+    """The architecture a job speaks of."""
+    return load_family(job["family"]).describe(job["config"], job["labels"], job["max_length"])
+
+
+def weights_of(job: Job) -> dict[str, MappedTensor]:
+    """Where a job's weights lie."""
+    return {name: MappedTensor(path, offset, tuple(shape), dtype) for name, (path, offset, shape, dtype) in job["weights"].items()}
+
+
+def corpus(job: Job) -> dict[str, Any]:
+    """Read and tokenise a data file, and one for testing; -> where they lie and what rows were skipped."""
+
+    def read(path: str, labels: Sequence[str] | None) -> Examples:
+        columns = {key: job[key] for key in ("text_column", "label_column", "encoding", "bad_rows")}
+        return read_examples(path, labels=labels, **columns)
+
+    examples = read(job["data"], job["labels"])
+    labels = job["labels"] or examples.labels
+    rows: Sequence[Example] = examples.rows
+    held_out: Sequence[Example] = ()
+    if job["test"]:
+        held_out = read(job["test"], labels).rows
+    elif job["holdout"] > 0:
+        rows, held_out = train_test(rows, job["holdout"], job["seed"])
+    tokenizer, cache = Path(job["tokenizer"]).read_bytes(), Path(job["cache"])
+    return {
+        "folder": str(build_corpus(rows, tokenizer, labels, job["max_length"], cache)),
+        "test_folder": str(build_corpus(held_out, tokenizer, labels, job["max_length"], cache)) if held_out else None,
+        "labels": list(labels),
+        "skipped": examples.num_skipped,
+        "first_skipped": [f"line {bad.line}: {bad.reason}" for bad in examples.skipped],
+    }
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Train as planned and write the update: every trained tensor's delta, float32, in the order of the suffix."""
+    from edge_runtime.training.loop import accuracy, run
+    from edge_runtime.training.torch_backend import TorchBackend
+
+    spec = spec_of(job)
+    plan: Plan = from_plain(Plan, job["plan"], "plan")
+    backend = TorchBackend(spec, weights_of(job), plan, job["threads"])
+    data = Corpus(Path(job["corpus"]))
+    last = 0.0
+
+    def progress(step: int, loss: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > 0.2 or step == plan.steps:
+            last = now
+            emit(step=step, steps=plan.steps, loss=round(loss, 5))
+
+    result = run(backend, data, plan, progress)
+    peak = process_memory().get("VmHWM", 0)
+    held_out = accuracy(backend, Corpus(Path(job["test_corpus"])), plan.chosen.micro_batch) if job.get("test_corpus") else None
+    with atomic_writer(Path(job["update"])) as file:
+        for name, delta in backend.deltas():
+            if not bool((abs(delta) < float("inf")).all()):
+                raise TrainingFailed(f"the weights of {name} are not finite after training: lower the learning rate")
+            file.write(delta.astype("<f4", copy=False).tobytes())
+    report = TrainReport(
+        depth=plan.chosen.depth,
+        checkpointing=plan.chosen.checkpointing,
+        micro_batch=plan.chosen.micro_batch,
+        backend=backend.name,
+        num_examples=len(data),
+        steps=result.steps,
+        first_loss=result.first_loss,
+        last_loss=result.last_loss,
+        train_s=result.seconds,
+        total_s=time.monotonic() - STARTED,
+        peak_bytes=max(peak, process_memory().get("VmHWM", 0)),
+        promised_peak_bytes=plan.chosen.peak_bytes,
+        promised_s=plan.chosen.epoch_s * plan.settings.epochs,
+        accuracy=held_out,
+    )
+    return {"report": to_plain(report)}
+
+
+def probe(job: Job) -> dict[str, Any]:
+    """Measure what the planner's formulas cannot know of this machine."""
+    from edge_runtime.training.probe import measure
+
+    return measure(spec_of(job), weights_of(job), job["length"], job["threads"])
+
+
+JOBS = {"corpus": corpus, "train": train, "probe": probe}
+
+
+def main() -> int:
+    """Run the one job that standard input names."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("800")  # if memory runs out, this process goes and not the device
+    job = json.loads(sys.stdin.readline())
+    if job.get("cgroup"):
+        Path(job["cgroup"]).write_text(str(os.getpid()))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        if job["job"] not in JOBS:
+            raise UsageError(f"no such job: {job['job']!r}")
+        emit(result=JOBS[job["job"]](job))
+    except EdgeError as error:
+        emit(error=str(error), kind=type(error).__name__)
+        return error.exit_code
+    except MemoryError:
+        emit(error="out of memory", kind="MemoryError")
+        return 1
+    except RuntimeError as error:  # torch says so when its allocator gets nothing
+        if "allocate" not in str(error):
+            raise
+        emit(error=str(error).splitlines()[0][:200], kind="MemoryError")
+        return 1
+    return 0
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Where a model's weights lie: a safetensors file or single blobs, always memory-mapped, never copied by us.
+
+numpy is imported only by the functions that hand out arrays, so that the idle agent needs none. The format is
+https://huggingface.co/docs/safetensors: 8 bytes header length, a JSON header, then the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_runtime.errors import ModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4}
+MAX_HEADER_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class MappedTensor:
+    """One tensor's place: `num_bytes` from `offset` in the file at `path`, little-endian, row-major."""
+
+    path: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str = "F32"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def array(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """The tensor as float32: a copy-on-write map of the file for F32, a converted copy otherwise."""
+        import numpy as np
+
+        if math.prod(self.shape) == 0:
+            return np.zeros(self.shape, np.float32)
+        stored = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I64": "<i8", "I32": "<i4"}[self.dtype]
+        array = np.memmap(self.path, dtype=stored, mode="c", offset=self.offset, shape=self.shape)
+        if self.dtype == "F32":
+            return array
+        if self.dtype == "BF16":  # the upper half of a float32's bits
+            return (array.astype(np.uint32) << 16).view(np.float32)
+        return array.astype(np.float32)
+
+
+def read_safetensors(path: Path) -> dict[str, MappedTensor]:
+    """The tensors of a safetensors file by name, with every offset checked against the file.
+
+    Raises:
+        ModelError: the file is missing, cut off or not safetensors.
+    """
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
+            if header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
+                raise ModelError(f"{path} is not a safetensors file, or it is cut off: fetch it again")
+            header = json.loads(file.read(header_bytes))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"cannot read {path} as safetensors: {error}") from None
+    if not isinstance(header, dict):
+        raise ModelError(f"{path} is not a safetensors file: its header is no map")
+    start = 8 + header_bytes
+    tensors: dict[str, MappedTensor] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            shape, dtype, (begin, end) = tuple(entry["shape"]), entry["dtype"], entry["data_offsets"]
+            if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+                raise ValueError("negative or non-integer number")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{path}: the entry of {name!r} is damaged ({error}): fetch the file again") from None
+        if dtype not in ITEM_BYTES:
+            raise ModelError(f"{path}: {name!r} has dtype {dtype}, wanted one of {', '.join(ITEM_BYTES)}")
+        tensor = MappedTensor(str(path), start + begin, shape, dtype)
+        if end - begin != tensor.num_bytes or start + end > file_bytes:
+            raise ModelError(f"{path}: the bytes of {name!r} do not match its shape {shape} or the file's length")
+        tensors[name] = tensor
+    return tensors
+
+
+def write_safetensors(path: Path, tensors: Iterable[tuple[str, MappedTensor]]) -> None:
+    """Write tensors as one float32 safetensors file, one tensor in memory at a time, replacing `path` atomically."""
+    from edge_runtime.store import atomic_writer
+
+    items = list(tensors)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in items:
+        end = offset + 4 * math.prod(tensor.shape)
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # the data begins at a multiple of 8 bytes
+    with atomic_writer(path) as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        for _, tensor in items:
+            file.write(tensor.array().astype("<f4", copy=False).tobytes())

@@ -1,0 +1,355 @@
+"""Messages and their bytes: bounded msgpack maps, typed, checked before use, and the binary chunk (`docs/wire.md`).
+
+Whatever comes in, a decoder returns a valid record or raises WireError, with no more memory than a small multiple of
+the input. Never pickle. Imports the records; knows no topic, socket or clock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import struct
+import types
+import typing
+import zlib
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, Union
+
+import msgpack
+
+from edge_runtime.errors import WireError
+from edge_runtime.records import (
+    Budget,
+    Bytes,
+    CostRow,
+    Count,
+    Name,
+    Plan,
+    Range,
+    Reason,
+    Seconds,
+    Sha256,
+    TrainSettings,
+)
+
+PROTOCOL = 1
+MAX_CONTROL_BYTES = 16 << 10
+DEFAULT_TEXT = Range(0, 200)
+DEFAULT_INT = Range(-(1 << 63), (1 << 63) - 1)
+DEFAULT_ITEMS = Range(0, 512)
+
+
+@dataclass(frozen=True)
+class Status:
+    """`up/st`, retained, and as the will with state "offline"."""
+
+    state: Name  # online | offline | leaving
+    software: Name
+    model_version: Count  # the newest version held whole, 0 for none
+    activity: Annotated[str, Range(0, 120)] = ""
+    round: Count = 0
+    step: Count = 0
+    steps: Count = 0
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """`all/coord`, retained: the coordinator is up, in its epoch (one more at each start)."""
+
+    state: Name  # up | down
+    epoch: Count
+    software: Name
+
+
+@dataclass(frozen=True)
+class Model:
+    """`all/model`, retained: the newest model version."""
+
+    version: Count
+    manifest: Sha256
+    manifest_bytes: Bytes
+    finished: bool  # the run has no further round
+
+
+@dataclass(frozen=True)
+class Round:
+    """`all/round`, retained: a round is open for joining."""
+
+    run: Name
+    round: Count
+    epoch: Count
+    model_version: Count
+    method: Name
+    settings: TrainSettings
+    join_within_s: Seconds
+
+
+@dataclass(frozen=True)
+class Join:
+    """`up/join`: what this device could do for the round."""
+
+    run: Name
+    round: Count
+    boot: Annotated[bytes, Range(8, 8)]
+    num_examples: Annotated[int, Range(0, 1 << 20)]
+    budget: Budget
+    table: Annotated[tuple[CostRow, ...], Range(0, 256)]
+    needs_bytes: Bytes = 0  # the least memory any row needs, for a device where none fits
+    reason: Reason = ""  # why it cannot take part, if it cannot
+
+
+@dataclass(frozen=True)
+class Grant:
+    """`dn/grant`: the plan for this device, its lease named by the nonce."""
+
+    run: Name
+    round: Count
+    nonce: Annotated[bytes, Range(16, 16)]
+    model_version: Count
+    plan: Plan
+    report_within_s: Seconds
+
+
+@dataclass(frozen=True)
+class Offer:
+    """`up/offer`: the update is durable on the device and ready to be fetched."""
+
+    run: Name
+    round: Count
+    nonce: Annotated[bytes, Range(16, 16)]
+    blob: Sha256
+    num_bytes: Bytes
+    codec: Name
+    num_examples: Annotated[int, Range(1, 1 << 20)]
+    train_s: Seconds
+    peak_bytes: Bytes
+    first_loss: float
+    last_loss: float
+
+
+@dataclass(frozen=True)
+class Ack:
+    """`dn/ack`: the answer to a join or an offer."""
+
+    run: Name
+    round: Count
+    status: Name  # committed | rejected | late | excluded | declined | wait
+    reason: Reason = ""
+    blob: Annotated[bytes, Range(0, 32)] = b""
+
+
+@dataclass(frozen=True)
+class BlobRange:
+    """Bytes `start` to `end` (excluded) of a blob."""
+
+    blob: Sha256
+    start: Bytes
+    end: Bytes
+
+
+@dataclass(frozen=True)
+class Need:
+    """`up/need` and `dn/need`: the receiver asks for ranges, within its credit."""
+
+    ranges: Annotated[tuple[BlobRange, ...], Range(1, 16)]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """`dn/missing`: a blob that was asked for is not here."""
+
+    blob: Sha256
+
+
+MESSAGES: dict[str, type[Any]] = {
+    "st": Status,
+    "coord": Coordinator,
+    "model": Model,
+    "round": Round,
+    "join": Join,
+    "grant": Grant,
+    "offer": Offer,
+    "ack": Ack,
+    "need": Need,
+    "missing": Missing,
+}
+KINDS = {cls: kind for kind, cls in MESSAGES.items()}
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What every control message carries around its body."""
+
+    sent_at: float  # Unix seconds by the sender's clock: for logs only
+    boot: bytes  # random per start of the sender, 8 bytes
+    sequence: int  # counts up within a boot
+    body: Any
+
+
+def encode(body: Any, *, sent_at: float, boot: bytes, sequence: int) -> bytes:
+    """A control message. Raises WireError if it is over the limit: that is our bug or an absurd configuration."""
+    fields = {"v": PROTOCOL, "t": KINDS[type(body)], "ts": float(sent_at), "boot": boot, "seq": sequence, "b": to_plain(body)}
+    data: bytes = msgpack.packb(fields, use_bin_type=True)
+    if len(data) > MAX_CONTROL_BYTES:
+        raise WireError(f"a {fields['t']} message of {len(data)} bytes is over the limit of {MAX_CONTROL_BYTES}")
+    return data
+
+
+def decode(data: bytes, kind: str) -> Envelope:
+    """Check and read a control message that came on a topic of `kind`.
+
+    Raises:
+        WireError: it is too large, not msgpack, of another version or kind, or a field is missing or out of bounds.
+    """
+    fields = unpack(data, MAX_CONTROL_BYTES)
+    if not isinstance(fields, dict):
+        raise WireError("a control message must be a map")
+    version = fields.get("v")
+    if version != PROTOCOL or isinstance(version, bool):
+        raise WireError(f"protocol version {str(version)[:20]!r} is not understood, this is version {PROTOCOL}: update the older side")
+    if fields.get("t") != kind or kind not in MESSAGES:
+        raise WireError(f"a message of type {str(fields.get('t'))[:20]!r} on a topic of kind {kind[:20]!r}")
+    sent_at = from_plain(float, fields.get("ts"), "ts")
+    boot = from_plain(Annotated[bytes, Range(8, 8)], fields.get("boot"), "boot")
+    sequence = from_plain(Annotated[int, Range(0, 1 << 62)], fields.get("seq"), "seq")
+    return Envelope(sent_at, boot, sequence, from_plain(MESSAGES[kind], fields.get("b"), "b"))
+
+
+def pack(record: Any) -> bytes:
+    """A record alone, without envelope: for ledgers and manifests. The same value gives the same bytes."""
+    data: bytes = msgpack.packb(to_plain(record), use_bin_type=True)
+    return data
+
+
+def unpack_as(kind: Any, data: bytes, max_bytes: int = MAX_CONTROL_BYTES) -> Any:
+    """A record that `pack` wrote, checked like one from the network."""
+    return from_plain(kind, unpack(data, max_bytes), kind.__name__.lower())
+
+
+def unpack(data: bytes, max_bytes: int) -> Any:
+    """msgpack with every limit set: no extension types, text keys, and no length beyond the input's own.
+
+    What it builds stays below about 80 bytes for each byte of input (measured with nothing but empty maps).
+    """
+    if len(data) > max_bytes:
+        raise WireError(f"a message of {len(data)} bytes is over the limit of {max_bytes}")
+    limit = min(len(data), max_bytes)
+    try:
+        return msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            max_str_len=limit,
+            max_bin_len=limit,
+            max_array_len=limit,
+            max_map_len=limit,
+            max_ext_len=0,
+        )
+    except (ValueError, RecursionError, msgpack.exceptions.UnpackException, msgpack.exceptions.ExtraData) as error:
+        raise WireError(f"not a readable message: {str(error)[:100]}") from None
+
+
+def to_plain(value: Any) -> Any:
+    """A record as maps, lists and scalars."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [to_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: to_plain(v) for k, v in value.items()}
+    return value
+
+
+@functools.cache
+def _fields(cls: Any) -> list[tuple[str, Any, bool]]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    missing = dataclasses.MISSING
+    return [(f.name, hints[f.name], f.default is missing and f.default_factory is missing) for f in dataclasses.fields(cls)]
+
+
+T = TypeVar("T")
+
+
+def from_plain(kind: Any, value: Any, where: str) -> Any:
+    """`value` checked against a type hint (records, Annotated bounds, unions with None, tuples, scalars).
+
+    Unknown keys of a record are ignored, so that a newer peer may send more. Raises WireError naming the field.
+    """
+    bounds: Range | None = None
+    if typing.get_origin(kind) is Annotated:
+        kind, *extra = typing.get_args(kind)
+        bounds = next((e for e in extra if isinstance(e, Range)), None)
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        choices = typing.get_args(kind)
+        if value is None and type(None) in choices:
+            return None
+        (inner,) = [c for c in choices if c is not type(None)]
+        return from_plain(Annotated[inner, bounds] if bounds else inner, value, where)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            raise WireError(f"{where} must be a map")
+        found: dict[str, Any] = {}
+        for name, hint, required in _fields(kind):
+            if name in value:
+                found[name] = from_plain(hint, value[name], f"{where}.{name}")
+            elif required:
+                raise WireError(f"{where}.{name} is missing")
+        return kind(**found)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise WireError(f"{where} must be a list")
+        _bounded(len(value), bounds or DEFAULT_ITEMS, f"the length of {where}")
+        item = typing.get_args(kind)[0]
+        return tuple(from_plain(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    return _scalar(kind, value, bounds, where)
+
+
+def _scalar(kind: Any, value: Any, bounds: Range | None, where: str) -> Any:
+    if kind is float and type(value) in (int, float):
+        number = float(value)
+        if not math.isfinite(number):
+            raise WireError(f"{where} must be finite")
+        if bounds:
+            _bounded(number, bounds, where)
+        return number
+    if type(value) is not kind:  # bool is no int here
+        raise WireError(f"{where} must be {kind.__name__}, it is {type(value).__name__}")
+    if kind is int:
+        _bounded(value, bounds or DEFAULT_INT, where)
+    elif kind is not bool:
+        _bounded(len(value), bounds or DEFAULT_TEXT, f"the length of {where}")
+    return value
+
+
+def _bounded(number: float, bounds: Range, where: str) -> None:
+    if not bounds.low <= number <= bounds.high:
+        raise WireError(f"{where} must be within {bounds.low:g} and {bounds.high:g}, it is {number:g}")
+
+
+# A chunk is not msgpack: magic, the blob's hash, offset, length, CRC-32 of the data, then the data.
+CHUNK_HEADER = struct.Struct(">4s32sQII")
+CHUNK_MAGIC = b"EFC1"
+MAX_CHUNK_BYTES = 256 << 10
+
+
+def encode_chunk(blob: bytes, offset: int, data: bytes) -> bytes:
+    """One chunk of a blob."""
+    return CHUNK_HEADER.pack(CHUNK_MAGIC, blob, offset, len(data), zlib.crc32(data)) + data
+
+
+def decode_chunk(payload: bytes) -> tuple[bytes, int, bytes]:
+    """-> (blob, offset, data).
+
+    Raises:
+        WireError: wrong magic, length or checksum.
+    """
+    if not CHUNK_HEADER.size < len(payload) <= CHUNK_HEADER.size + MAX_CHUNK_BYTES:
+        raise WireError(f"a chunk of {len(payload)} bytes")
+    magic, blob, offset, length, crc = CHUNK_HEADER.unpack_from(payload)
+    data = payload[CHUNK_HEADER.size :]
+    if magic != CHUNK_MAGIC or length != len(data) or offset > 1 << 50:
+        raise WireError("not a chunk")
+    if zlib.crc32(data) != crc:
+        raise WireError("a chunk whose checksum is wrong")
+    return blob, offset, data

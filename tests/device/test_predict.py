@@ -1,0 +1,243 @@
+"""Labels from an exported file with real weights, and files that are not ours."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from edge_models import bert, hub
+from edge_runtime.errors import DataError, ModelError, UsageError
+from edge_runtime.export import export_onnx
+from edge_runtime.predict import BATCH_TOKENS, Predictor, evaluate, length_buckets, softmax
+from edge_runtime.tokenize import Tokenizer, pad
+from edge_runtime.weights import MappedTensor
+
+KNOWN = {  # a few texts a label; the head is their mean embeddings
+    "food": ["How do I bake bread?", "A recipe for tomato soup", "Which cheese goes with red wine?"],
+    "sport": ["Who won the football match?", "She ran the marathon in record time", "The rules of basketball"],
+    "money": ["My bank charged a fee", "How do I pay my taxes?", "The stock market fell today"],
+}
+NEW = [
+    ("Roast the potatoes in the oven with garlic", "food"),
+    ("The tennis player won the final", "sport"),
+    ("I want to transfer money to a savings account", "money"),
+    ("Vegetable curry with rice", "food"),
+    ("A goal in the last minute of the game", "sport"),
+    ("The interest rate of the mortgage rose", "money"),
+]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MiniLM-L3 with a head made from KNOWN, exported."""
+    folder = hub.resolve("minilm-l3", print)
+    config, tensors = bert.open_folder(folder)
+    raw = (folder / "tokenizer.json").read_bytes()
+    spec = bert.describe(config, list(KNOWN), 64)
+    weights = {n: torch.from_numpy(t.array()) for n, t in tensors.items()}
+    whole = weights | {"classifier.weight": torch.eye(384), "classifier.bias": torch.zeros(384)}
+    encoder = bert.build(bert.describe(config, [str(i) for i in range(384)], 64), whole)
+    centroids = []
+    for texts in KNOWN.values():
+        ids, mask = pad(Tokenizer.from_bytes(raw, 64).encode_batch(texts), 0)
+        with torch.inference_mode():
+            mean = encoder(torch.from_numpy(ids), torch.from_numpy(mask)).mean(0)
+        centroids.append(mean / mean.norm())
+    head = tmp_path_factory.mktemp("head") / "head.raw"
+    head.write_bytes(torch.stack(centroids).numpy().tobytes() + bytes(4 * len(KNOWN)))
+    tensors["classifier.weight"] = MappedTensor(str(head), 0, (len(KNOWN), 384))
+    tensors["classifier.bias"] = MappedTensor(str(head), 4 * 384 * len(KNOWN), (len(KNOWN),))
+    out = tmp_path_factory.mktemp("model") / "model.onnx"
+    export_onnx(spec, tensors, raw, out, samples=[text for text, _ in NEW], metadata={"model": "cafe", "method": "caff"})
+    return out
+
+
+@pytest.fixture(scope="module")
+def predictor(path: Path) -> Predictor:
+    return Predictor(path, threads=2)
+
+
+@pytest.fixture(scope="module")
+def graph(path: Path) -> onnx.ModelProto:
+    """The exported file's graph with weights of no size: quick to copy and to damage."""
+    return onnx.load(str(path))
+
+
+def test_new_texts_get_the_label_of_the_texts_like_them(predictor: Predictor) -> None:
+    found = predictor.predict([text for text, _ in NEW])
+    assert [p.label for p in found] == [label for _, label in NEW]
+    assert all(p.probability == max(p.probabilities.values()) for p in found)
+    assert all(list(p.probabilities) == list(KNOWN) for p in found)
+    assert all(math.isclose(sum(p.probabilities.values()), 1) for p in found)
+
+
+def test_the_predictor_tells_what_the_file_is(predictor: Predictor) -> None:
+    assert predictor.labels == tuple(KNOWN)
+    assert predictor.max_length == 64
+    assert predictor.metadata == {"family": "edge_models.bert", "model": "cafe", "method": "caff"}
+
+
+def test_order_and_probabilities_do_not_depend_on_the_other_texts(predictor: Predictor) -> None:
+    rng = random.Random(0)
+    words = " ".join(text for texts in KNOWN.values() for text in texts).split()
+    texts = [" ".join(rng.choices(words, k=rng.randint(0, 70))) for _ in range(80)]
+    together = predictor.predict(texts)
+    for text, one in zip(texts, together, strict=True):
+        (alone,) = predictor.predict([text])
+        assert alone.label == one.label
+        assert list(one.probabilities.values()) == pytest.approx(list(alone.probabilities.values()), abs=1e-5)
+
+
+@pytest.mark.parametrize("text", ["", "\0", "\ud800", " " * 10_000_000, "soup " * 2_000_000, "x" * 1_000_000, "\x1b[31m"])
+def test_hostile_texts_get_a_label(predictor: Predictor, text: str) -> None:
+    (found,) = predictor.predict([text])
+    assert found.label in KNOWN
+    assert 0 <= found.probability <= 1
+
+
+def test_no_text_gives_no_prediction_and_a_bare_text_is_refused(predictor: Predictor) -> None:
+    assert predictor.predict([]) == []
+    with pytest.raises(UsageError, match=r"predict\(\[text\]\)"):
+        predictor.predict("soup")
+
+
+def test_threads_can_share_a_predictor(predictor: Predictor) -> None:
+    texts = [text for text, _ in NEW]
+    wanted, found = predictor.predict(texts), []
+    threads = [threading.Thread(target=lambda: found.append(predictor.predict(texts))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [wanted] * 4
+
+
+def test_evaluate_gives_the_share_of_right_labels_of_a_stream(path: Path) -> None:
+    assert evaluate(path, iter(NEW)) == 1.0
+    assert evaluate(path, [*NEW[:3], (NEW[0][0], "sport")]) == 0.75
+
+
+def test_evaluate_refuses_unknown_labels_and_nothing(path: Path) -> None:
+    with pytest.raises(DataError, match="row 2 has label 'sports'"):
+        evaluate(path, [NEW[0], ("x", "sports")])
+    with pytest.raises(DataError, match="no row"):
+        evaluate(path, [])
+
+
+def test_predicting_imports_no_torch_and_stays_small(path: Path) -> None:
+    code = f"""
+import resource, sys
+sys.modules["torch"] = sys.modules["onnx"] = sys.modules["edge_models"] = None
+from edge_runtime.predict import Predictor
+assert "numpy" not in sys.modules and "onnxruntime" not in sys.modules
+predictor = Predictor({str(path)!r}, threads=1)
+predictor.predict(["soup " * n for n in range(100)])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) < 2.5 * path.stat().st_size + (100 << 20)
+
+
+def test_internal_batches_hold_every_row_once_and_few_tokens() -> None:
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 700) for _ in range(300)]
+    batches = list(length_buckets(lengths, BATCH_TOKENS))
+    assert sorted(i for batch in batches for i in batch) == list(range(300))
+    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= BATCH_TOKENS for b in batches)
+    assert len(batches) < 1.1 * sum(lengths) / BATCH_TOKENS + 150
+    assert list(length_buckets([], 8)) == []
+
+
+def test_softmax_survives_any_finite_logits() -> None:
+    probabilities = softmax(np.array([[1e30, -1e30], [3e38, 3e38], [0, math.log(3)]], np.float32))
+    np.testing.assert_allclose(probabilities, [[1, 0], [0.5, 0.5], [0.25, 0.75]], atol=1e-7)
+
+
+def strip(model: onnx.ModelProto, *keys: str, **values: str) -> bytes:
+    """The model with metadata entries left out or replaced."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    entries = {p.key: p.value for p in model.metadata_props if p.key not in keys} | values
+    del copy.metadata_props[:]
+    onnx.helper.set_model_props(copy, entries)
+    return copy.SerializeToString()
+
+
+@pytest.mark.parametrize("key", ["format", "labels", "max_length", "tokenizer"])
+def test_a_file_without_one_of_our_entries_is_refused(graph: onnx.ModelProto, tmp_path: Path, key: str) -> None:
+    (tmp_path / "m.onnx").write_bytes(strip(graph, key))
+    with pytest.raises(ModelError, match="export it again"):
+        Predictor(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"format": "edge-runtime 99"},
+        {"labels": "[1, 2"},
+        {"labels": "7"},
+        {"labels": json.dumps(["a", "b"])},
+        {"labels": json.dumps([1, 2, 3])},
+        {"labels": json.dumps(["a", "a", "b"])},
+        {"max_length": "many"},
+        {"max_length": "-1"},
+        {"max_length": "1000000000"},
+        {"tokenizer": "{}"},
+    ],
+)
+def test_a_file_with_a_damaged_entry_is_refused(
+    graph: onnx.ModelProto, tmp_path: Path, entries: dict[str, str]
+) -> None:
+    (tmp_path / "m.onnx").write_bytes(strip(graph, **entries))
+    with pytest.raises(ModelError):
+        Predictor(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("damage", [b"", b"not onnx", b"\x08\x0a", bytes(1000), "cut"])
+def test_a_file_that_is_no_onnx_model_is_refused_quietly(
+    path: Path, tmp_path: Path, damage: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = path.read_bytes()[:1_000_000] if damage == "cut" else damage
+    (tmp_path / "m.onnx").write_bytes(data)
+    with pytest.raises(ModelError, match=r"m\.onnx is damaged or no ONNX model"):
+        Predictor(tmp_path / "m.onnx")
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(ModelError, match="no model file"):
+        Predictor(tmp_path / "none.onnx")
+
+
+def test_somebody_elses_onnx_model_is_refused(tmp_path: Path) -> None:
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in "xy")
+    graph = onnx.helper.make_graph([node], "g", [x], [y])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    with pytest.raises(ModelError, match="not a model exported by this edge-runtime"):
+        Predictor(tmp_path / "m.onnx")
+    tokenizer = (hub.resolve("minilm-l6", print) / "tokenizer.json").read_text()
+    ours = {"format": "edge-runtime 1", "labels": '["a", "b"]', "max_length": "8", "tokenizer": tokenizer}
+    (tmp_path / "m.onnx").write_bytes(strip(model, **ours))
+    with pytest.raises(ModelError, match="wanted .* to 2 logits"):
+        Predictor(tmp_path / "m.onnx")
+
+
+def test_logits_that_are_not_numbers_are_an_error_and_not_a_label(graph: onnx.ModelProto, tmp_path: Path) -> None:
+    broken = onnx.ModelProto()
+    broken.CopyFrom(graph)
+    (bias,) = (i for i in broken.graph.initializer if i.name == "classifier.bias")
+    bias.raw_data = np.full(3, np.nan, "<f4").tobytes()
+    onnx.save(broken, str(tmp_path / "m.onnx"))
+    with pytest.raises(ModelError, match="not finite"):
+        Predictor(tmp_path / "m.onnx").predict(["soup"])
