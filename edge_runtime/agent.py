@@ -84,7 +84,14 @@ class Agent:
         self, device: str, realm: str, folder: Path, session: Session, transport: Transport, emit: Emit, *,
         families: tuple[str, ...], clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
-        self.device, self.folder, self.session, self.transport, self.emit, self.clock = device, folder, session, transport, emit, clock
+        self.device, self.folder, self.session, self.transport, self.emit, self.clock = (
+            device,
+            folder,
+            session,
+            transport,
+            emit,
+            clock,
+        )
         self.families = families
         self.topics = Topics(realm)
         self.store = BlobStore(folder / STORE_FOLDER)
@@ -138,7 +145,9 @@ class Agent:
             self.emit({"event": "disconnected", "reason": event.reason})
             self._refused += event.refused
             if self._refused >= 3:
-                raise ConnectionFailed(f"the broker refuses this device ({event.reason}): ask for new credentials with `edge-coordinator enroll --renew`")
+                raise ConnectionFailed(
+                    f"the broker refuses this device ({event.reason}): ask for new credentials with `edge-coordinator enroll --renew`"
+                )
         else:
             self.bytes_down += len(event.topic) + len(event.payload)
             try:
@@ -220,7 +229,9 @@ class Agent:
     def _manifest_here(self, blob: bytes) -> None:
         manifest = decode_manifest(self.store.path(blob).read_bytes())
         if self._announced and manifest.version != self._announced.version:
-            raise WireError(f"the manifest is of version {manifest.version}, version {self._announced.version} was announced")
+            raise WireError(
+                f"the manifest is of version {manifest.version}, version {self._announced.version} was announced"
+            )
         check_family(manifest, self.families)
         self._incoming = manifest
         now = self.clock()
@@ -240,7 +251,14 @@ class Agent:
         self.manifest = manifest
         self.store.keep_only([self._announced.manifest, *manifest.blobs()])
         self._joined_at = 0.0
-        self.emit({"event": "model", "model_version": manifest.version, "bytes_up": self.bytes_up, "bytes_down": self.bytes_down})
+        self.emit(
+            {
+                "event": "model",
+                "model_version": manifest.version,
+                "bytes_up": self.bytes_up,
+                "bytes_down": self.bytes_down,
+            }
+        )
         self._say("idle", force=True)
 
     def _load_model(self) -> Manifest | None:
@@ -250,14 +268,20 @@ class Agent:
         except FileNotFoundError:
             return None
         except EdgeError as error:
-            self.emit({"event": "storage-error", "reason": f"the stored model is not usable, it is fetched again: {error}"})
+            self.emit(
+                {"event": "storage-error", "reason": f"the stored model is not usable, it is fetched again: {error}"}
+            )
             return None
         return manifest if all(self.store.has(blob) for blob in manifest.blobs()) else None
 
     # joining
 
     def _round_announced(self, round_: Round) -> None:
-        if self._round is None or (round_.run, round_.round) != (self._round.run, self._round.round) or round_.epoch != self._round.epoch:
+        if (
+            self._round is None
+            or (round_.run, round_.round) != (self._round.run, self._round.round)
+            or round_.epoch != self._round.epoch
+        ):
             self._joined_at = 0.0
         self._round = round_
 
@@ -266,7 +290,11 @@ class Agent:
         round_ = self._round
         if round_ is None or self._training or self._pending or (round_.run, round_.round) == self._settled:
             return
-        if self.manifest is None or self.manifest.version != round_.model_version or (self._joined_at and now - self._joined_at < REPEAT_JOIN_S):
+        if (
+            self.manifest is None
+            or self.manifest.version != round_.model_version
+            or (self._joined_at and now - self._joined_at < REPEAT_JOIN_S)
+        ):
             return
         self._say("measuring")
         could = self.session.could_do(self.manifest, self.store, round_.settings)
@@ -275,9 +303,23 @@ class Agent:
             choose(could.rows, could.budget, round_.settings.epochs)
         except DoesNotFit as error:
             reason = str(error)
-            self.emit({"event": "nothing-fits", "round": round_.round, "reason": reason, "needs_bytes": error.needed_bytes})
+            self.emit(
+                {"event": "nothing-fits", "round": round_.round, "reason": reason, "needs_bytes": error.needed_bytes}
+            )
         needs = min((row.peak_bytes for row in could.rows), default=0)
-        self._send("join", Join(round_.run, round_.round, self.boot, could.data.num_examples, could.budget, could.rows, needs, reason[:500]))
+        self._send(
+            "join",
+            Join(
+                round_.run,
+                round_.round,
+                self.boot,
+                could.data.num_examples,
+                could.budget,
+                could.rows,
+                needs,
+                reason[:500],
+            ),
+        )
         self._joined_at = now
         self._say("waiting for a plan")
 
@@ -285,7 +327,15 @@ class Agent:
         if self._pending and (ack.run, ack.round) == (self._pending.run, self._pending.round):
             if ack.status == "wait":
                 return
-            self.emit({"event": ack.status, "round": ack.round, "reason": ack.reason, "bytes_up": self.bytes_up, "bytes_down": self.bytes_down})
+            self.emit(
+                {
+                    "event": ack.status,
+                    "round": ack.round,
+                    "reason": ack.reason,
+                    "bytes_up": self.bytes_up,
+                    "bytes_down": self.bytes_down,
+                }
+            )
             self._forget_pending()
         if ack.status in ("committed", "late", "excluded", "declined", "rejected") and not self._training:
             self._settled = (ack.run, ack.round)
@@ -331,7 +381,9 @@ class Agent:
             "threads": self.session.threads,
             "update": str(update.absolute()),
         }
-        limit = max(self.session.budget().memory_bytes, plan.chosen.peak_bytes) if attempt == 1 else plan.chosen.peak_bytes
+        limit = (
+            max(self.session.budget().memory_bytes, plan.chosen.peak_bytes) if attempt == 1 else plan.chosen.peak_bytes
+        )
         worker = Worker(job, limit_bytes=limit, threads=self.session.threads, nice=5)
         self._training = Training(grant, plan, worker, update, attempt)
         self.emit({"event": "training", "round": grant.round, "depth": plan.chosen.depth, "checkpointing": plan.chosen.checkpointing,
@@ -360,10 +412,21 @@ class Agent:
 
     def _failed(self, training: Training, error: TrainingFailed) -> None:
         """Out of memory: the child died, not the device. Try the same depth smaller, then give the plan back."""
-        self.emit({"event": "training-failed", "round": training.grant.round, "reason": str(error), "out_of_memory": error.out_of_memory})
+        self.emit(
+            {
+                "event": "training-failed",
+                "round": training.grant.round,
+                "reason": str(error),
+                "out_of_memory": error.out_of_memory,
+            }
+        )
         if error.out_of_memory and training.attempt < MAX_ATTEMPTS and self.manifest:
             could = self.session.could_do(self.manifest, self.store, training.plan.settings)
-            smaller = shrink(training.plan, could.rows_within(int(training.plan.chosen.peak_bytes * SHRINK)), int(training.plan.chosen.peak_bytes * SHRINK))
+            smaller = shrink(
+                training.plan,
+                could.rows_within(int(training.plan.chosen.peak_bytes * SHRINK)),
+                int(training.plan.chosen.peak_bytes * SHRINK),
+            )
             if smaller:
                 self._start(training.grant, smaller, training.attempt + 1)
                 return
@@ -432,7 +495,9 @@ class Agent:
         self.receiver.forget_all()
         self._incoming = None
         self._retry_at = self.clock() + RETRY_S
-        self.emit({"event": "storage-error" if isinstance(error, StoreError | OSError) else "problem", "reason": str(error)})
+        self.emit(
+            {"event": "storage-error" if isinstance(error, StoreError | OSError) else "problem", "reason": str(error)}
+        )
         self._say(f"problem: {error}"[:120], force=True)
 
     def _status(self, state: str, step: int = 0, steps: int = 0) -> bytes:

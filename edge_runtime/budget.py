@@ -9,12 +9,24 @@ from edge_runtime.records import DeviceProfile
 
 AGENT_RESERVE_BYTES = 64 << 20  # for the agent beside its training process; a test holds the agent to it
 STEP_BYTES = 8 << 20  # automatic budgets are rounded down to this, so that small fluctuations do not change the plan
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "k": 1 << 10,
+    "m": 1 << 20,
+    "g": 1 << 30,
+}
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*\Z", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int:
-    """"450MB" -> 450_000_000, "450MiB" -> 471_859_200, "450" -> 450.
+    """ "450MB" -> 450_000_000, "450MiB" -> 471_859_200, "450" -> 450.
 
     Raises:
         UsageError: it is no size.
@@ -27,7 +39,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_seconds(text: str) -> float:
-    """"90", "90s", "15m" or "2h" -> seconds.
+    """ "90", "90s", "15m" or "2h" -> seconds.
 
     Raises:
         UsageError: it is no duration.

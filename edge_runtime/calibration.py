@@ -29,7 +29,9 @@ def worker_job(job: str, source: Source) -> dict[str, object]:
         "config": dict(spec.config),
         "labels": list(spec.labels),
         "max_length": spec.max_length,
-        "weights": {t.name: (w.path, w.offset, w.shape, w.dtype) for t in spec.tensors for w in (source.weights[t.name],)},
+        "weights": {
+            t.name: (w.path, w.offset, w.shape, w.dtype) for t in spec.tensors for w in (source.weights[t.name],)
+        },
     }
 
 
@@ -45,7 +47,9 @@ def torch_version() -> str:
         raise MissingExtra("training needs torch, which is not installed: pip install 'edge-runtime[train]'") from None
 
 
-def calibrate(source: Source, mean_length: float, threads: int, cache: Path, *, limit_bytes: int | None = None) -> Calibration:
+def calibrate(
+    source: Source, mean_length: float, threads: int, cache: Path, *, limit_bytes: int | None = None
+) -> Calibration:
     """The remembered calibration, or a fresh one from a probe of about three seconds in its own process."""
     length = max(LENGTH_STEP, round(mean_length / LENGTH_STEP) * LENGTH_STEP)
     file = cache / "calibration" / f"{_key(source.spec, length, threads)}.json"
@@ -56,7 +60,9 @@ def calibrate(source: Source, mean_length: float, threads: int, cache: Path, *, 
             return calibration
     except (StoreError, WireError, KeyError, TypeError):
         pass  # a damaged file is measured again
-    result = run_worker({**worker_job("probe", source), "length": length, "threads": threads}, threads=threads, limit_bytes=limit_bytes)
+    result = run_worker(
+        {**worker_job("probe", source), "length": length, "threads": threads}, threads=threads, limit_bytes=limit_bytes
+    )
     write_json(file, result)
     fresh: Calibration = from_plain(Calibration, result["calibration"], "calibration")
     return fresh
@@ -64,5 +70,16 @@ def calibrate(source: Source, mean_length: float, threads: int, cache: Path, *, 
 
 def _key(spec: ModelSpec, length: int, threads: int) -> str:
     boot_cpu = platform.processor() or platform.machine()
-    parts = [spec.family, dict(spec.config), len(spec.labels), length, threads, torch_version(), boot_cpu, os.cpu_count(), repr(LAW), platform.python_version()]
+    parts = [
+        spec.family,
+        dict(spec.config),
+        len(spec.labels),
+        length,
+        threads,
+        torch_version(),
+        boot_cpu,
+        os.cpu_count(),
+        repr(LAW),
+        platform.python_version(),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

@@ -53,7 +53,12 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=_version())
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    profile = _command(commands, "profile", "Measure this machine: memory and its real limit, cores, speed, temperature, battery.", "edge-runtime profile --json")
+    profile = _command(
+        commands,
+        "profile",
+        "Measure this machine: memory and its real limit, cores, speed, temperature, battery.",
+        "edge-runtime profile --json",
+    )
     profile.set_defaults(run=run_profile)
 
     plan = _command(commands, "plan", "Show what could be trained here, at what cost, what fits, and the choice.",
@@ -66,12 +71,16 @@ def parser() -> argparse.ArgumentParser:
                      "edge-runtime train minilm-l6 --data texts.csv --out my-model\nedge-runtime train minilm-l3 --data t.csv --test held.csv --out m --memory 400MB --epochs 3")  # fmt: skip
     _training_flags(train)
     train.add_argument("--out", required=True, type=Path, help="folder for the finetuned model")
-    train.add_argument("--depth", type=int, help="train this suffix depth instead of the deepest that fits (0 = the head)")
+    train.add_argument(
+        "--depth", type=int, help="train this suffix depth instead of the deepest that fits (0 = the head)"
+    )
     train.set_defaults(run=run_train, upload=None)
 
     join = _command(commands, "join", "Take part in a fleet until told to stop.",
                     "edge-runtime join --config pi-7.toml --data texts.csv --state /var/lib/edge\nedge-runtime join --config pi-7.toml --memory 450MB --upload 8MB")  # fmt: skip
-    join.add_argument("--config", required=True, type=Path, help="the file that `edge-coordinator enroll` made for this device")
+    join.add_argument(
+        "--config", required=True, type=Path, help="the file that `edge-coordinator enroll` made for this device"
+    )
     join.add_argument("--data", help="this device's examples: CSV, TSV or JSON lines")
     join.add_argument("--state", help="folder for the model and unfinished work (default: ./edge-DEVICE)")
     join.add_argument("--memory", help="peak memory of training: 450MB, 60%% or auto")
@@ -104,9 +113,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, what: str, examples: str) -> argparse.ArgumentParser:
-    text = "examples:\n  " + examples.replace("\n", "\n  ") + "\n\nexit codes: 0 done, 2 usage, 3 data, 4 model, 5 does not fit, 6 training failed, 7 connection, 8 extra missing, 9 wire, 10 storage, 130 stopped"
-    options: dict[str, Any] = {"description": what, "epilog": text, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    made: argparse.ArgumentParser = commands.add_parser(name, help=what, **options) if commands else argparse.ArgumentParser(name, **options)
+    text = (
+        "examples:\n  "
+        + examples.replace("\n", "\n  ")
+        + "\n\nexit codes: 0 done, 2 usage, 3 data, 4 model, 5 does not fit, 6 training failed, 7 connection, 8 extra missing, 9 wire, 10 storage, 130 stopped"
+    )
+    options: dict[str, Any] = {
+        "description": what,
+        "epilog": text,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+    made: argparse.ArgumentParser = (
+        commands.add_parser(name, help=what, **options) if commands else argparse.ArgumentParser(name, **options)
+    )
     if commands:
         made.add_argument("--json", action="store_true", help="print JSON for scripts")
     return made
@@ -121,25 +140,45 @@ def _data_flags(command: argparse.ArgumentParser, *, defaults: bool = True) -> N
 
 def _training_flags(command: argparse.ArgumentParser) -> None:
     base = TrainSettings()
-    command.add_argument("model", help="alias (minilm-l6, minilm-l3), checkpoint folder, Hugging Face id, or the --state folder of `join`")
-    command.add_argument("--data", required=True, type=Path, help="examples: CSV, TSV or JSON lines with a text and a label each")
+    command.add_argument(
+        "model",
+        help="alias (minilm-l6, minilm-l3), checkpoint folder, Hugging Face id, or the --state folder of `join`",
+    )
+    command.add_argument(
+        "--data", required=True, type=Path, help="examples: CSV, TSV or JSON lines with a text and a label each"
+    )
     command.add_argument("--test", type=Path, help="held-out examples (default: a tenth of --data)")
-    command.add_argument("--holdout", type=float, default=0.1, help="share of --data held out when there is no --test; 0 for none (%(default)s)")
-    command.add_argument("--memory", default="auto", help="peak memory of training: 450MB, 60%% of what is available, or auto (%(default)s)")
+    command.add_argument(
+        "--holdout",
+        type=float,
+        default=0.1,
+        help="share of --data held out when there is no --test; 0 for none (%(default)s)",
+    )
+    command.add_argument(
+        "--memory",
+        default="auto",
+        help="peak memory of training: 450MB, 60%% of what is available, or auto (%(default)s)",
+    )
     command.add_argument("--time", help="longest training, for example 15m")
     command.add_argument("--epochs", type=int, default=base.epochs, help="(%(default)s)")
     command.add_argument("--batch-size", type=int, default=base.batch_size, help="(%(default)s)")
     command.add_argument("--learning-rate", type=float, default=base.learning_rate, help="of the blocks (%(default)s)")
     command.add_argument("--head-learning-rate", type=float, default=base.head_learning_rate, help="(%(default)s)")
     command.add_argument("--weight-decay", type=float, default=base.weight_decay, help="(%(default)s)")
-    command.add_argument("--optimizer", default=base.optimizer, help="adamw, or sgd, which needs less memory (%(default)s)")
+    command.add_argument(
+        "--optimizer", default=base.optimizer, help="adamw, or sgd, which needs less memory (%(default)s)"
+    )
     command.add_argument("--seed", type=int, default=base.seed, help="(%(default)s)")
     command.add_argument("--threads", type=int, help="(default: all cores)")
-    command.add_argument("--max-length", type=int, help="tokens after which a text is cut (default: the model's own, at most 128)")
+    command.add_argument(
+        "--max-length", type=int, help="tokens after which a text is cut (default: the model's own, at most 128)"
+    )
     command.add_argument("--family", default=DEFAULT_FAMILY, help="module that knows the architecture (%(default)s)")
     command.add_argument("--new-head", action="store_true", help="forget the checkpoint's own classes")
     _data_flags(command)
-    command.add_argument("--skip-bad-rows", action="store_true", help="leave out rows that cannot be used instead of stopping")
+    command.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave out rows that cannot be used instead of stopping"
+    )
 
 
 def run_profile(args: argparse.Namespace) -> int:
@@ -152,13 +191,22 @@ def run_profile(args: argparse.Namespace) -> int:
     limit = mib(found.cgroup_limit_bytes) if found.cgroup_limit_bytes else "none"
     rows = [
         ("memory", f"{mib(found.ram_total_bytes)} in all, {mib(found.ram_available_bytes)} available"),
-        ("cgroup limit", limit + (f", {mib(found.cgroup_available_bytes)} of it left" if found.cgroup_available_bytes is not None else "")),
+        (
+            "cgroup limit",
+            limit
+            + (f", {mib(found.cgroup_available_bytes)} of it left" if found.cgroup_available_bytes is not None else ""),
+        ),
         ("for training", f"{mib(memory_budget('auto', found))} (--memory auto)"),
         ("cores", str(found.cores)),
         ("matrix products", f"{found.gflops:.1f} GFLOP/s, float32"),
         ("memory bandwidth", f"{found.memory_gb_per_s:.1f} GB/s"),
         ("temperature", f"{found.temperature_c:.0f} C" if found.temperature_c is not None else unknown),
-        ("battery", f"{found.battery_percent:.0f} %{' charging' if found.plugged_in else ''}" if found.battery_percent is not None else "none"),
+        (
+            "battery",
+            f"{found.battery_percent:.0f} %{' charging' if found.plugged_in else ''}"
+            if found.battery_percent is not None
+            else "none",
+        ),
     ]
     for name, value in rows:
         print(f"{name:18}{value}")
@@ -166,9 +214,19 @@ def run_profile(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> tuple[local.Planned, local.Device]:
-    settings = TrainSettings(args.epochs, args.batch_size, args.learning_rate, args.head_learning_rate, args.weight_decay, args.optimizer, args.seed)
+    settings = TrainSettings(
+        args.epochs,
+        args.batch_size,
+        args.learning_rate,
+        args.head_learning_rate,
+        args.weight_decay,
+        args.optimizer,
+        args.seed,
+    )
     device = local.Device.measure(args.threads, speed=False)
-    options = local.DataOptions(args.text_column, args.label_column, args.encoding, "skip" if args.skip_bad_rows else "error")
+    options = local.DataOptions(
+        args.text_column, args.label_column, args.encoding, "skip" if args.skip_bad_rows else "error"
+    )
     planned = local.plan(
         args.model, args.data, memory=args.memory, time=args.time, upload=args.upload, settings=settings, device=device, max_length=args.max_length,
         family=args.family, new_head=args.new_head, options=options, holdout=args.holdout, test=args.test, progress=note,
@@ -183,12 +241,25 @@ def run_plan(args: argparse.Namespace) -> int:
     planned, _ = _plan(args)
     budget = planned.budget
     if args.json:
-        rows = [dataclasses.asdict(row) | {"fits": not why, "why_not": why} for row, why in zip(planned.rows, planned.why_not, strict=True)]
+        rows = [
+            dataclasses.asdict(row) | {"fits": not why, "why_not": why}
+            for row, why in zip(planned.rows, planned.why_not, strict=True)
+        ]
         chosen = dataclasses.asdict(planned.chosen) if planned.chosen else None
-        print_json({"rows": rows, "chosen": chosen, "refusal": planned.refusal, "budget": dataclasses.asdict(budget), "data": dataclasses.asdict(planned.prepared.data)})
+        print_json(
+            {
+                "rows": rows,
+                "chosen": chosen,
+                "refusal": planned.refusal,
+                "budget": dataclasses.asdict(budget),
+                "data": dataclasses.asdict(planned.prepared.data),
+            }
+        )
         return 0 if planned.chosen else 5
     data = planned.prepared.data
-    print(f"{data.num_examples} examples, {data.mean_length:.1f} tokens on average, {data.longest} at most, {len(planned.prepared.labels)} labels")
+    print(
+        f"{data.num_examples} examples, {data.mean_length:.1f} tokens on average, {data.longest} at most, {len(planned.prepared.labels)} labels"
+    )
     print(f"budgets: memory {mib(budget.memory_bytes)}, time {f'{budget.time_s:.0f} s' if budget.time_s else 'any'}, "
           f"upload {mib(budget.upload_bytes) if budget.upload_bytes else 'any'}\n")  # fmt: skip
     best = planned.chosen.chosen if planned.chosen else None
@@ -196,7 +267,18 @@ def run_plan(args: argparse.Namespace) -> int:
     for row, why in zip(planned.rows, planned.why_not, strict=True):
         depth = "head" if row.depth == 0 else f"{row.depth} of {planned.source.spec.num_blocks}"
         verdict = why or ("<- chosen: the deepest that fits, and the fastest of these" if row == best else "fits")
-        lines.append([depth, "yes" if row.checkpointing else "no", str(row.micro_batch), mib(row.peak_bytes), f"{row.step_s:.3f} s", f"{row.epoch_s:.1f} s", mib(row.upload_bytes), verdict])
+        lines.append(
+            [
+                depth,
+                "yes" if row.checkpointing else "no",
+                str(row.micro_batch),
+                mib(row.peak_bytes),
+                f"{row.step_s:.3f} s",
+                f"{row.epoch_s:.1f} s",
+                mib(row.upload_bytes),
+                verdict,
+            ]
+        )
     print(table(["blocks", "checkpointing", "micro-batch", "peak memory", "step", "epoch", "upload", ""], lines))
     print("\npredicted, not measured: `edge-runtime train` reports both")
     if planned.refusal:
@@ -211,15 +293,40 @@ def run_train(args: argparse.Namespace) -> int:
     trained = local.train(planned, args.out, device=device, depth=args.depth, progress=Bar("training"))
     report = trained.report
     if args.json:
-        print_json(dataclasses.asdict(report) | {"folder": str(trained.folder), "limit_bytes": planned.budget.memory_bytes, "enforced_by": trained.enforced_by})
+        print_json(
+            dataclasses.asdict(report)
+            | {
+                "folder": str(trained.folder),
+                "limit_bytes": planned.budget.memory_bytes,
+                "enforced_by": trained.enforced_by,
+            }
+        )
         return 0
-    what = "the head" if report.depth == 0 else f"the last {report.depth} of {planned.source.spec.num_blocks} blocks and the head"
+    what = (
+        "the head"
+        if report.depth == 0
+        else f"the last {report.depth} of {planned.source.spec.num_blocks} blocks and the head"
+    )
     rows = [
-        ("trained", f"{what}{', with gradient checkpointing' if report.checkpointing else ''}, micro-batch {report.micro_batch}, {report.steps} steps"),
-        ("peak memory", f"{mib(report.peak_bytes)} measured (VmHWM), {mib(report.promised_peak_bytes)} promised, limit {mib(planned.budget.memory_bytes)} kept by {trained.enforced_by}"),
-        ("time", f"{report.train_s:.1f} s measured, {report.promised_s:.1f} s promised; {report.total_s:.1f} s with start and end"),
+        (
+            "trained",
+            f"{what}{', with gradient checkpointing' if report.checkpointing else ''}, micro-batch {report.micro_batch}, {report.steps} steps",
+        ),
+        (
+            "peak memory",
+            f"{mib(report.peak_bytes)} measured (VmHWM), {mib(report.promised_peak_bytes)} promised, limit {mib(planned.budget.memory_bytes)} kept by {trained.enforced_by}",
+        ),
+        (
+            "time",
+            f"{report.train_s:.1f} s measured, {report.promised_s:.1f} s promised; {report.total_s:.1f} s with start and end",
+        ),
         ("loss", f"{report.first_loss:.3f} -> {report.last_loss:.3f}"),
-        ("accuracy", f"{100 * report.accuracy:.1f} % of the held-out examples" if report.accuracy is not None else "not measured: nothing was held out"),
+        (
+            "accuracy",
+            f"{100 * report.accuracy:.1f} % of the held-out examples"
+            if report.accuracy is not None
+            else "not measured: nothing was held out",
+        ),
         ("model", str(trained.folder)),
     ]
     for name, value in rows:
@@ -236,13 +343,31 @@ def run_export(args: argparse.Namespace) -> int:
     source = open_source(checkpoint, None, local.cache_folder())
     samples: Sequence[str] = SAMPLES
     if args.data:
-        found = read_examples(args.data, text_column=args.text_column, label_column=args.label_column, encoding=args.encoding, bad_rows="skip")
+        found = read_examples(
+            args.data,
+            text_column=args.text_column,
+            label_column=args.label_column,
+            encoding=args.encoding,
+            bad_rows="skip",
+        )
         samples = [row.text for row in found.rows[:64]]
-    report = export_onnx(source.spec, source.weights, source.tokenizer.read_bytes(), args.out, samples=samples, metadata=source.metadata)
+    report = export_onnx(
+        source.spec, source.weights, source.tokenizer.read_bytes(), args.out, samples=samples, metadata=source.metadata
+    )
     if args.json:
-        print_json({"path": str(report.path), "num_bytes": report.num_bytes, "max_abs_diff": report.max_abs_diff, "seconds": report.seconds, "num_samples": report.num_samples})
+        print_json(
+            {
+                "path": str(report.path),
+                "num_bytes": report.num_bytes,
+                "max_abs_diff": report.max_abs_diff,
+                "seconds": report.seconds,
+                "num_samples": report.num_samples,
+            }
+        )
     else:
-        print(f"{report.path}: {mib(report.num_bytes)}, logits within {report.max_abs_diff:.1e} of torch on {report.num_samples} texts, {report.seconds:.1f} s")
+        print(
+            f"{report.path}: {mib(report.num_bytes)}, logits within {report.max_abs_diff:.1e} of torch on {report.num_samples} texts, {report.seconds:.1f} s"
+        )
     return 0
 
 
@@ -254,9 +379,13 @@ def run_predict(args: argparse.Namespace) -> int:
     if args.top < 1:
         raise UsageError(f"--top must be at least 1, it is {args.top}")
     if args.evaluate:
-        rows = read_examples(args.evaluate, text_column=args.text_column, label_column=args.label_column, encoding=args.encoding).rows
+        rows = read_examples(
+            args.evaluate, text_column=args.text_column, label_column=args.label_column, encoding=args.encoding
+        ).rows
         accuracy = evaluate(args.model, ((row.text, row.label) for row in rows), args.threads)
-        print_json({"accuracy": accuracy, "num_examples": len(rows)}) if args.json else print(f"accuracy {100 * accuracy:.2f} % of {len(rows)}")
+        print_json({"accuracy": accuracy, "num_examples": len(rows)}) if args.json else print(
+            f"accuracy {100 * accuracy:.2f} % of {len(rows)}"
+        )
         return 0
     predictor = Predictor(args.model, args.threads)
     texts = iter(args.text) if args.text else iter_texts(args.file or sys.stdin.buffer)
@@ -275,7 +404,9 @@ def _print_predictions(predictor: Any, texts: list[str], args: argparse.Namespac
     for text, found in zip(texts, predictor.predict(texts), strict=True):
         best = sorted(found.probabilities.items(), key=lambda item: -item[1])
         if args.json:
-            print_json({"text": text, "label": found.label, "probability": found.probability, "probabilities": dict(best)})
+            print_json(
+                {"text": text, "label": found.label, "probability": found.probability, "probabilities": dict(best)}
+            )
         else:
             shown = ", ".join(f"{label} {100 * p:.1f} %" for label, p in best[: args.top])
             print(f"{shown}\t{text if len(text) <= 100 else text[:97] + '...'}")
@@ -301,7 +432,10 @@ def run_join(args: argparse.Namespace) -> int:
         raise UsageError(f"{data} is missing: --data names this device's examples")
     state = Path(args.state or settings.state or f"edge-{who.device}").absolute()
     options = local.DataOptions(
-        args.text_column or settings.text_column, args.label_column or settings.label_column, args.encoding or settings.encoding or None, "skip"
+        args.text_column or settings.text_column,
+        args.label_column or settings.label_column,
+        args.encoding or settings.encoding or None,
+        "skip",
     )
     threads = args.threads or settings.threads or local.Device.measure(speed=False).threads
     time_s, upload = args.time or settings.time, args.upload or settings.upload

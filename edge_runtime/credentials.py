@@ -61,9 +61,17 @@ def read_credentials(path: Path) -> Credentials:
         raise UsageError(f"{path} is missing: the coordinator makes it with `edge-coordinator enroll DEVICE`") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {error}") from None
-    found = _take(raw.get("fleet"), {"realm": str, "device": str, "secret": str, "host": str, "port": int}, "fleet", path, required=True)
+    found = _take(
+        raw.get("fleet"),
+        {"realm": str, "device": str, "secret": str, "host": str, "port": int},
+        "fleet",
+        path,
+        required=True,
+    )
     found |= _take(raw.get("fleet"), {"ca_file": str, "family": str}, "fleet", path)
-    section = _take(raw.get("device", {}), {f.name: type(f.default) for f in fields(DeviceSection)}, "device", path, only=True)
+    section = _take(
+        raw.get("device", {}), {f.name: type(f.default) for f in fields(DeviceSection)}, "device", path, only=True
+    )
     if found.get("ca_file") and not Path(found["ca_file"]).is_absolute():
         found["ca_file"] = str(path.parent / found["ca_file"])
     check_id("realm", found["realm"])
@@ -72,7 +80,9 @@ def read_credentials(path: Path) -> Credentials:
     return Credentials(**found, settings=DeviceSection(**section))
 
 
-def _take(values: Any, kinds: dict[str, type], section: str, path: Path, *, required: bool = False, only: bool = False) -> dict[str, Any]:
+def _take(
+    values: Any, kinds: dict[str, type], section: str, path: Path, *, required: bool = False, only: bool = False
+) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"{path} has no section [{section}]")
     if only and (unknown := set(values) - set(kinds)):
@@ -87,7 +97,11 @@ def _take(values: Any, kinds: dict[str, type], section: str, path: Path, *, requ
 
 def format_credentials(credentials: Credentials) -> str:
     """The file's text, with a commented [device] section to fill in."""
-    quoted = {f.name: toml_text(str(getattr(credentials, f.name))) for f in fields(Credentials) if f.name not in ("settings", "port")}
+    quoted = {
+        f.name: toml_text(str(getattr(credentials, f.name)))
+        for f in fields(Credentials)
+        if f.name not in ("settings", "port")
+    }
     return f"""\
 # Lets this device into the fleet. Keep it secret: whoever has it is this device.
 # edge-runtime join --config THIS-FILE

@@ -127,7 +127,10 @@ def measure_speed(seconds: float = 0.6) -> tuple[float, float]:
     left, right = np.full((tokens, width), 0.5, np.float32), np.full((width, inner), 0.5, np.float32)
     out = np.empty((tokens, inner), np.float32)
     product_s = _median_seconds(lambda: np.matmul(left, right, out=out), seconds)
-    source, target = np.ones(8 << 20, np.float32), np.empty(8 << 20, np.float32)  # 32 MiB each: beyond a small chip's caches
+    source, target = (
+        np.ones(8 << 20, np.float32),
+        np.empty(8 << 20, np.float32),
+    )  # 32 MiB each: beyond a small chip's caches
     copy_s = _median_seconds(lambda: np.copyto(target, source), seconds / 2)
     return 2 * tokens * width * inner / product_s / 1e9, 2 * source.nbytes / copy_s / 1e9
 

@@ -116,7 +116,14 @@ def prepare(
     found = run_worker(job)
     shape = read_shape(Path(found["folder"]))
     test_corpus = Path(found["test_folder"]) if found["test_folder"] else None
-    return Prepared(Path(found["folder"]), test_corpus, shape, tuple(found["labels"]), found["skipped"], tuple(found["first_skipped"]))
+    return Prepared(
+        Path(found["folder"]),
+        test_corpus,
+        shape,
+        tuple(found["labels"]),
+        found["skipped"],
+        tuple(found["first_skipped"]),
+    )
 
 
 def plan(
@@ -150,13 +157,17 @@ def plan(
     settings = check_settings(settings or TrainSettings())
     device = device or Device.measure(speed=False)
     budget = Budget(
-        memory_budget(memory, device.profile), parse_seconds(time) if time else None, parse_bytes(upload) if upload else None
+        memory_budget(memory, device.profile),
+        parse_seconds(time) if time else None,
+        parse_bytes(upload) if upload else None,
     )
     cache = cache_folder()
     torch_version()  # say at once that it is missing
     checkpoint = find_checkpoint(model, max_length=max_length, family=family, new_head=new_head, progress=progress)
     progress("reading the data")
-    prepared = prepare(checkpoint, data, cache, options or DataOptions(), holdout=holdout, seed=settings.seed, test=test)
+    prepared = prepare(
+        checkpoint, data, cache, options or DataOptions(), holdout=holdout, seed=settings.seed, test=test
+    )
     source = open_source(checkpoint, prepared.labels, cache)
     progress("measuring this machine with the model")
     calibration = calibrate(source, prepared.data.mean_length, device.threads, cache)
@@ -233,7 +244,9 @@ def _chosen(planned: Planned, depth: int | None) -> Plan:
         raise UsageError(f"the model has depths 0 to {planned.source.spec.num_blocks}, not {depth}")
     fitting = [row for row, why in of_depth if not why]
     if not fitting:
-        raise DoesNotFit(f"depth {depth} does not fit: {of_depth[-1][1]}", needed_bytes=min(r.peak_bytes for r, _ in of_depth))
+        raise DoesNotFit(
+            f"depth {depth} does not fit: {of_depth[-1][1]}", needed_bytes=min(r.peak_bytes for r, _ in of_depth)
+        )
     row = min(fitting, key=lambda r: r.epoch_s)
     return make_plan(row, planned.prepared.data, planned.chosen.settings)
 

@@ -78,7 +78,14 @@ class Manifest:
 
 
 def make_manifest(
-    spec: ModelSpec, blobs: Mapping[str, bytes], tokenizer: bytes, tokenizer_bytes: int, *, version: int, method: str = "", parent: bytes = b""
+    spec: ModelSpec,
+    blobs: Mapping[str, bytes],
+    tokenizer: bytes,
+    tokenizer_bytes: int,
+    *,
+    version: int,
+    method: str = "",
+    parent: bytes = b"",
 ) -> Manifest:
     """The manifest of `spec` whose tensors have the hashes `blobs`."""
     return Manifest(
@@ -104,7 +111,9 @@ def encode_manifest(manifest: Manifest) -> bytes:
     """The manifest's bytes: the same value gives the same bytes."""
     data = pack(manifest)
     if len(data) > MAX_MANIFEST_BYTES:
-        raise ModelError(f"the model's manifest has {len(data)} bytes, the limit is {MAX_MANIFEST_BYTES}: fewer labels or tensors")
+        raise ModelError(
+            f"the model's manifest has {len(data)} bytes, the limit is {MAX_MANIFEST_BYTES}: fewer labels or tensors"
+        )
     return data
 
 
@@ -121,6 +130,8 @@ def decode_manifest(data: bytes) -> Manifest:
         raise WireError("the manifest's config is not JSON") from None
     if not isinstance(config, dict) or not all(type(v) in (int, float, str, bool) for v in config.values()):
         raise WireError("the manifest's config must be a flat map of numbers and texts")
+    if any(isinstance(v, float) and not math.isfinite(v) for v in config.values()):
+        raise WireError("the manifest's config has a number that is not finite")
     names = [t.name for t in manifest.tensors]
     if len(set(names)) != len(names) or len(set(manifest.labels)) != len(manifest.labels):
         raise WireError("the manifest names a tensor or a label twice")
@@ -145,9 +156,13 @@ def check_family(manifest: Manifest, allowed: tuple[str, ...]) -> ModelSpec:
         ModelError: the family is not allowed here, or it describes another network.
     """
     if manifest.family not in allowed:
-        raise ModelError(f"the fleet's model is of family {manifest.family!r}, this device allows {', '.join(allowed)}: see --family")
+        raise ModelError(
+            f"the fleet's model is of family {manifest.family!r}, this device allows {', '.join(allowed)}: see --family"
+        )
     spec = manifest.spec
     described = load_family(manifest.family).describe(spec.config, spec.labels, spec.max_length)
     if described != spec:
-        raise ModelError(f"the fleet's model is not what {manifest.family} describes: update edge-runtime on this device or the coordinator")
+        raise ModelError(
+            f"the fleet's model is not what {manifest.family} describes: update edge-runtime on this device or the coordinator"
+        )
     return spec

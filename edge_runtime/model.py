@@ -119,7 +119,9 @@ def load_family(name: str) -> Family:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ModelError(f"model family {name!r} cannot be imported ({error}): install it or correct the name") from None
+        raise ModelError(
+            f"model family {name!r} cannot be imported ({error}): install it or correct the name"
+        ) from None
     missing = [f for f in ("describe", "open_folder", "build") if not callable(getattr(module, f, None))]
     if missing:
         raise ModelError(f"{name!r} is not a model family: it has no {', '.join(missing)}()")

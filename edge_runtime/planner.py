@@ -24,7 +24,13 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
     """
     if settings.optimizer not in OPTIMIZERS:
         raise UsageError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, it is {settings.optimizer!r}")
-    limits = {"epochs": (1, 1000), "batch_size": (1, 4096), "learning_rate": (0, 10), "head_learning_rate": (0, 10), "weight_decay": (0, 1)}
+    limits = {
+        "epochs": (1, 1000),
+        "batch_size": (1, 4096),
+        "learning_rate": (0, 10),
+        "head_learning_rate": (0, 10),
+        "weight_decay": (0, 1),
+    }
     for name, (low, high) in limits.items():
         value = getattr(settings, name)
         if not low <= value <= high:
@@ -32,7 +38,9 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
     return settings
 
 
-def cost_table(spec: ModelSpec, data: DataShape, settings: TrainSettings, calibration: Calibration, budget: Budget) -> list[CostRow]:
+def cost_table(
+    spec: ModelSpec, data: DataShape, settings: TrainSettings, calibration: Calibration, budget: Budget
+) -> list[CostRow]:
     """One row for every suffix depth, without and with gradient checkpointing, each with its best micro-batch.
 
     Best is the fastest that fits the memory budget, else the smallest. Depth 0 (the head) has nothing to checkpoint.

@@ -69,8 +69,8 @@ class TrainSettings:
 
     epochs: Annotated[int, Range(1, 1000)] = 1
     batch_size: Annotated[int, Range(1, 4096)] = 16
-    learning_rate: Annotated[float, Range(0, 10)] = 3e-4
-    head_learning_rate: Annotated[float, Range(0, 10)] = 3e-3
+    learning_rate: Annotated[float, Range(0, 10)] = 2e-4
+    head_learning_rate: Annotated[float, Range(0, 10)] = 2e-3
     weight_decay: Annotated[float, Range(0, 1)] = 0.01
     optimizer: Annotated[str, Range(3, 5)] = "adamw"  # or "sgd"
     seed: Annotated[int, Range(0, (1 << 63) - 1)] = 0

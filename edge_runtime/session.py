@@ -98,14 +98,20 @@ class Session:
         stat = self._data.stat() if self._data.exists() else None
         key = (manifest.spec, manifest.tokenizer, stat and (stat.st_mtime_ns, stat.st_size))
         if self._made is None or self._made[0] != key or not self._made[1].exists():
-            checkpoint = Checkpoint(self._cache, store.path(manifest.tokenizer), manifest.max_length, manifest.labels, manifest.family)
+            checkpoint = Checkpoint(
+                self._cache, store.path(manifest.tokenizer), manifest.max_length, manifest.labels, manifest.family
+            )
             prepared = prepare(checkpoint, self._data, self._cache, self._options)
             if prepared.skipped:
-                self._say(f"{prepared.skipped} rows of {self._data} were skipped: {'; '.join(prepared.first_skipped[:3])}")
+                self._say(
+                    f"{prepared.skipped} rows of {self._data} were skipped: {'; '.join(prepared.first_skipped[:3])}"
+                )
             calibration = calibrate(_source(manifest, store), prepared.data.mean_length, self.threads, self._cache)
             self._made = (key, prepared.corpus, prepared.data, calibration)
         return self._made[1], self._made[2], self._made[3]
 
 
 def _source(manifest: Manifest, store: BlobStore) -> Source:
-    return Source(manifest.spec, manifest.mapped(store), store.path(manifest.tokenizer), {"model_version": str(manifest.version)})
+    return Source(
+        manifest.spec, manifest.mapped(store), store.path(manifest.tokenizer), {"model_version": str(manifest.version)}
+    )

@@ -48,7 +48,12 @@ class Source:
 
 
 def find_checkpoint(
-    reference: str, *, max_length: int | None = None, family: str = DEFAULT_FAMILY, new_head: bool = False, progress: Callable[[str], None]
+    reference: str,
+    *,
+    max_length: int | None = None,
+    family: str = DEFAULT_FAMILY,
+    new_head: bool = False,
+    progress: Callable[[str], None],
 ) -> Checkpoint:
     """Find a model by folder, alias, hub id, or the folder of an agent.
 
@@ -68,8 +73,14 @@ def find_checkpoint(
     raw = json.loads((folder / "config.json").read_bytes())
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.exists():
-        raise ModelError(f"{folder} has no tokenizer.json: save the tokenizer in the `tokenizers` format beside the model")
-    length = max_length or raw.get("edge_max_length") or min(DEFAULT_MAX_LENGTH, int(config.get("max_position_embeddings", DEFAULT_MAX_LENGTH)))
+        raise ModelError(
+            f"{folder} has no tokenizer.json: save the tokenizer in the `tokenizers` format beside the model"
+        )
+    length = (
+        max_length
+        or raw.get("edge_max_length")
+        or min(DEFAULT_MAX_LENGTH, int(config.get("max_position_embeddings", DEFAULT_MAX_LENGTH)))
+    )
     labels = None if new_head else _own_labels(raw, {name: t.shape for name, t in weights.items()})
     return Checkpoint(folder, tokenizer, length, labels, family)
 
@@ -88,7 +99,9 @@ def open_source(checkpoint: Checkpoint, labels: Sequence[str] | None, scratch: P
         spec = check_family(checkpoint.manifest, (checkpoint.family,))
         store = BlobStore(checkpoint.folder / STORE_FOLDER)
         if missing := [blob for blob in checkpoint.manifest.blobs() if not store.has(blob)]:
-            raise ModelError(f"{checkpoint.folder} lacks {len(missing)} blobs of its model: let the agent fetch them again")
+            raise ModelError(
+                f"{checkpoint.folder} lacks {len(missing)} blobs of its model: let the agent fetch them again"
+            )
         weights = checkpoint.manifest.mapped(store)
         metadata = {"model_version": str(checkpoint.manifest.version), "method": checkpoint.manifest.method}
         spec = module.describe(spec.config, labels, checkpoint.max_length)
@@ -148,7 +161,9 @@ def save_folder(out: Path, spec: ModelSpec, weights: Mapping[str, MappedTensor],
     write_json(out / "config.json", config)
 
 
-def add_update(spec: ModelSpec, weights: Mapping[str, MappedTensor], depth: int, update: Path, folder: Path) -> dict[str, MappedTensor]:
+def add_update(
+    spec: ModelSpec, weights: Mapping[str, MappedTensor], depth: int, update: Path, folder: Path
+) -> dict[str, MappedTensor]:
     """The weights plus an update's deltas, the sums written as files below `folder`, one tensor in memory at a time."""
     import numpy as np
 

@@ -155,7 +155,9 @@ class BlobStore:
 
     def used_bytes(self) -> int:
         """Bytes of all blobs and partials."""
-        return sum(p.stat().st_size for p in [*(self.folder / "blobs").glob("*/*"), *(self.folder / "partial").glob("*")])
+        return sum(
+            p.stat().st_size for p in [*(self.folder / "blobs").glob("*/*"), *(self.folder / "partial").glob("*")]
+        )
 
     # A partial transfer: the file's length is how far it has come.
 

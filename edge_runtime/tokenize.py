@@ -99,8 +99,9 @@ class Tokenizer:
         return rows + self._encode(chunk)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
+        encode = getattr(self._inner, "encode_batch_fast", self._inner.encode_batch)  # not in tokenizers 0.19
         with _library_errors():
-            return [encoding.ids for encoding in self._inner.encode_batch_fast(texts)]
+            return [encoding.ids for encoding in encode(texts)]
 
 
 def read_tokenizer_file(path: Path) -> bytes:

@@ -159,7 +159,9 @@ class Sender:
             if not self.store.has(wanted.blob):
                 absent.append(wanted.blob)
                 continue
-            sane = wanted.start < wanted.end <= self.store.size(wanted.blob) and wanted.end - wanted.start <= CREDIT_BYTES
+            sane = (
+                wanted.start < wanted.end <= self.store.size(wanted.blob) and wanted.end - wanted.start <= CREDIT_BYTES
+            )
             if sane and len(self._pending) < MAX_PENDING_RANGES and wanted not in self._pending:
                 self._pending.append(wanted)
         return absent

@@ -99,7 +99,11 @@ class MqttTransport:
         self._stopped = False
         self._ok = mqtt.MQTT_ERR_SUCCESS
         client = mqtt.Client(
-            CallbackAPIVersion.VERSION2, client_id=user, clean_session=True, protocol=mqtt.MQTTv311, reconnect_on_failure=True
+            CallbackAPIVersion.VERSION2,
+            client_id=user,
+            clean_session=True,
+            protocol=mqtt.MQTTv311,
+            reconnect_on_failure=True,
         )
         client.username_pw_set(user, password)
         if ca_file is not None:
@@ -111,7 +115,11 @@ class MqttTransport:
         client.reconnect_delay_set(1, 60)
         client.connect_timeout = 10.0
         client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
-        client.on_subscribe, client.on_message, client.on_publish = self._on_subscribe, self._on_message, self._on_publish
+        client.on_subscribe, client.on_message, client.on_publish = (
+            self._on_subscribe,
+            self._on_message,
+            self._on_publish,
+        )
         client.on_connect_fail = self._on_connect_fail
         self._client = client
         self._keepalive_s = keepalive_s

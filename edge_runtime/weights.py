@@ -81,7 +81,7 @@ def read_safetensors(path: Path) -> dict[str, MappedTensor]:
                 raise ValueError("negative or non-integer number")
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: the entry of {name!r} is damaged ({error}): fetch the file again") from None
-        if dtype not in ITEM_BYTES:
+        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
             raise ModelError(f"{path}: {name!r} has dtype {dtype}, wanted one of {', '.join(ITEM_BYTES)}")
         tensor = MappedTensor(str(path), start + begin, shape, dtype)
         if end - begin != tensor.num_bytes or start + end > file_bytes:

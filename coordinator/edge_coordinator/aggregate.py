@@ -82,7 +82,9 @@ def fold(spec: ModelSpec, partial: Partial | None, updates: Sequence[Update], ou
             for update in updates:
                 delta = _delta(spec, update, tensor)
                 if delta is not None:
-                    total += np.rint(delta.astype(np.float64) * (1 << SCALE_BITS)).astype(np.int64) * update.num_examples
+                    total += (
+                        np.rint(delta.astype(np.float64) * (1 << SCALE_BITS)).astype(np.int64) * update.num_examples
+                    )
             file.write(total.astype("<i8", copy=False).tobytes())
     return Partial(out, weights)
 

@@ -50,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--text-column", default="text")
     make.add_argument("--label-column", default="label")
     make.add_argument("--max-length", type=int, default=128, help="tokens (%(default)s)")
-    make.add_argument("--method", default="caff", choices=list(METHODS), help="; ".join(f"{n}: {s}" for n, s in SUMMARIES.items()))
+    make.add_argument(
+        "--method", default="caff", choices=list(METHODS), help="; ".join(f"{n}: {s}" for n, s in SUMMARIES.items())
+    )
     make.add_argument("--rounds", type=int, default=10, help="(%(default)s)")
     make.add_argument("--goal", type=int, default=2, help="updates that complete a round (%(default)s)")
     make.add_argument("--quorum", type=int, default=1, help="updates without which a round fails (%(default)s)")
@@ -79,7 +81,12 @@ def parser() -> argparse.ArgumentParser:
     _fleet(broker)
     broker.set_defaults(run=run_broker)
 
-    devices = _command(commands, "devices", "List the devices, or refuse one.", "edge-coordinator devices --fleet my-fleet --json\nedge-coordinator devices --fleet my-fleet --revoke pi-1")
+    devices = _command(
+        commands,
+        "devices",
+        "List the devices, or refuse one.",
+        "edge-coordinator devices --fleet my-fleet --json\nedge-coordinator devices --fleet my-fleet --revoke pi-1",
+    )
     devices.add_argument("--revoke", metavar="DEVICE", help="refuse this device from now on")
     _fleet(devices)
     devices.set_defaults(run=run_devices)
@@ -98,9 +105,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, what: str, examples: str) -> argparse.ArgumentParser:
-    text = "examples:\n  " + examples.replace("\n", "\n  ") + "\n\nexit codes: 0 done, 2 usage, 3 data, 4 model, 7 connection, 8 extra missing, 10 storage, 130 stopped"
-    options: dict[str, Any] = {"description": what, "epilog": text, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    made: argparse.ArgumentParser = commands.add_parser(name, help=what, **options) if commands else argparse.ArgumentParser(name, **options)
+    text = (
+        "examples:\n  "
+        + examples.replace("\n", "\n  ")
+        + "\n\nexit codes: 0 done, 2 usage, 3 data, 4 model, 7 connection, 8 extra missing, 10 storage, 130 stopped"
+    )
+    options: dict[str, Any] = {
+        "description": what,
+        "epilog": text,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+    made: argparse.ArgumentParser = (
+        commands.add_parser(name, help=what, **options) if commands else argparse.ArgumentParser(name, **options)
+    )
     if commands:
         made.add_argument("--json", action="store_true", help="print JSON for scripts")
     return made
@@ -122,7 +139,10 @@ def run_init(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"config": str(path), "labels": list(labels)})
     else:
-        print(f"wrote {path} with {len(labels)} labels" + ("" if labels else ": put the classes into [model] labels before `serve`"))
+        print(
+            f"wrote {path} with {len(labels)} labels"
+            + ("" if labels else ": put the classes into [model] labels before `serve`")
+        )
     return 0
 
 
@@ -157,7 +177,9 @@ def run_serve(args: argparse.Namespace) -> int:
             broker.start()
         try:
             host, port = fleet.broker_address()
-            server = Server(fleet.config, fleet.ledger, models, _transport(fleet, host, broker.port if broker else port), log)
+            server = Server(
+                fleet.config, fleet.ledger, models, _transport(fleet, host, broker.port if broker else port), log
+            )
             log({"event": "serving", "realm": fleet.config.realm, "host": host, "port": broker.port if broker else port, "epoch": server.epoch,
                  "broker": section.kind, "model_version": server.manifest.version})  # fmt: skip
             server.serve(keep_going, until_finished=args.until_finished)
@@ -187,7 +209,9 @@ def run_broker(args: argparse.Namespace) -> int:
     section = fleet.config.broker
 
     def ready(port: int) -> None:
-        print_json({"event": "listening", "host": section.host, "port": port}) if args.json else note(f"listening on {section.host}:{port}")
+        print_json({"event": "listening", "host": section.host, "port": port}) if args.json else note(
+            f"listening on {section.host}:{port}"
+        )
 
     if args.kind == "amqtt":
         certfile, keyfile = fleet.certificate()
@@ -252,7 +276,9 @@ def run_models(args: argparse.Namespace) -> int:
         from edge_coordinator.models import Models
 
         Models(args.fleet, fleet.ledger).export_folder(args.export, args.out)
-        print_json({"version": args.export, "folder": str(args.out)}) if args.json else print(f"model {args.export} is in {args.out}")
+        print_json({"version": args.export, "folder": str(args.out)}) if args.json else print(
+            f"model {args.export} is in {args.out}"
+        )
         return 0
     rows = describe_versions(fleet.ledger)
     if args.json:

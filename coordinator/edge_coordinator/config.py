@@ -44,7 +44,7 @@ class RunSection:
     goal: int = 2  # updates that end a round early
     quorum: int = 1  # updates without which a round fails
     overselection: float = 1.3  # devices admitted for each update wanted
-    join_timeout_s: float = 60.0
+    join_timeout_s: float = 300.0
     report_timeout_s: float = 3600.0
     pause_s: float = 0.0  # between rounds
 
@@ -89,7 +89,9 @@ def load_config(folder: Path) -> FleetConfig:
         raise UsageError(f"{path}: {error}") from None
     unknown = set(raw) - {"fleet", "model", "run", "train", "broker"}
     if unknown:
-        raise UsageError(f"{path}: unknown section [{sorted(unknown)[0]}]; there are [fleet], [model], [run], [train], [broker]")
+        raise UsageError(
+            f"{path}: unknown section [{sorted(unknown)[0]}]; there are [fleet], [model], [run], [train], [broker]"
+        )
     realm = raw.get("fleet", {}).get("name")
     if not isinstance(realm, str):
         raise UsageError(f"{path}: [fleet] needs a name")
@@ -167,7 +169,7 @@ rounds = {rounds}
 goal = {goal}                      # updates that complete a round
 quorum = {quorum}                    # fewer at the deadline: the round fails and the model stays
 overselection = 1.3           # devices admitted for each update wanted
-join_timeout_s = 60.0         # how long a round waits for devices to join; goes on at once when enough have
+join_timeout_s = 300.0        # how long a round waits for devices to join; goes on at once when all that are online have
 report_timeout_s = 3600.0     # how long devices may train and send
 pause_s = 0.0                 # between rounds
 

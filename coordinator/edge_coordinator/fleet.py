@@ -103,7 +103,9 @@ class Fleet:
         broker = self.config.broker
         announced = host or broker.announce_host or self.broker_address()[0]
         ca_file = str(Path(broker.ca_file).absolute()) if broker.ca_file else ""
-        credentials = Credentials(self.config.realm, device, secret, announced, broker.port, ca_file, self.config.model.family)
+        credentials = Credentials(
+            self.config.realm, device, secret, announced, broker.port, ca_file, self.config.model.family
+        )
         with self.ledger.transaction():
             if renew:
                 self.ledger.renew(device, hash_secret(secret))
@@ -180,5 +182,3 @@ def init(
 def labels_of(data: Path, text_column: str, label_column: str) -> tuple[str, ...]:
     """The labels of a data file, for fleet.toml."""
     return read_examples(data, text_column=text_column, label_column=label_column, bad_rows="skip").labels
-
-

@@ -96,7 +96,9 @@ class Ledger:
             if found is None:
                 self.put("schema", str(VERSION))
             elif found != str(VERSION):
-                raise StoreError(f"{path} is of schema {found}, this coordinator writes {VERSION}: use the version that made it")
+                raise StoreError(
+                    f"{path} is of schema {found}, this coordinator writes {VERSION}: use the version that made it"
+                )
         except sqlite3.Error as error:
             raise StoreError(f"cannot open the ledger {path}: {error}") from None
 
@@ -144,13 +146,19 @@ class Ledger:
             UsageError: it is enrolled already.
         """
         try:
-            self._db.execute("INSERT INTO devices (device, secret, enrolled_at) VALUES (?, ?, ?)", (device, secret_hash, now))
+            self._db.execute(
+                "INSERT INTO devices (device, secret, enrolled_at) VALUES (?, ?, ?)", (device, secret_hash, now)
+            )
         except sqlite3.IntegrityError:
-            raise UsageError(f"{device} is enrolled already: `enroll {device} --renew` gives it new credentials") from None
+            raise UsageError(
+                f"{device} is enrolled already: `enroll {device} --renew` gives it new credentials"
+            ) from None
 
     def renew(self, device: str, secret_hash: str) -> None:
         """Give a device another secret, and lift a revocation."""
-        if not self._db.execute("UPDATE devices SET secret = ?, revoked = 0 WHERE device = ?", (secret_hash, device)).rowcount:
+        if not self._db.execute(
+            "UPDATE devices SET secret = ?, revoked = 0 WHERE device = ?", (secret_hash, device)
+        ).rowcount:
             raise UsageError(f"there is no device {device}: see `edge-coordinator devices`")
 
     def revoke(self, device: str) -> None:
@@ -177,14 +185,21 @@ class Ledger:
 
     # models
 
-    def add_model(self, version: int, manifest: bytes, run: str, round_: int, metrics: Mapping[str, Any], now: float) -> None:
+    def add_model(
+        self, version: int, manifest: bytes, run: str, round_: int, metrics: Mapping[str, Any], now: float
+    ) -> None:
         """Publish a version; the same one twice is an error of ours."""
-        self._db.execute("INSERT INTO models VALUES (?, ?, ?, ?, ?, ?)", (version, manifest, run, round_, now, json.dumps(metrics)))
+        self._db.execute(
+            "INSERT INTO models VALUES (?, ?, ?, ?, ?, ?)", (version, manifest, run, round_, now, json.dumps(metrics))
+        )
 
     def models(self) -> list[ModelRow]:
         """All versions, oldest first."""
         rows = self._db.execute("SELECT * FROM models ORDER BY version")
-        return [ModelRow(r["version"], r["manifest"], r["run"], r["round"], r["created_at"], json.loads(r["metrics"])) for r in rows]
+        return [
+            ModelRow(r["version"], r["manifest"], r["run"], r["round"], r["created_at"], json.loads(r["metrics"]))
+            for r in rows
+        ]
 
     def newest_model(self) -> ModelRow | None:
         """The version that is published."""
@@ -200,7 +215,9 @@ class Ledger:
             (run, number, base_version, deadline, now),
         )
 
-    def move_round(self, run: str, number: int, old: str, new: str, deadline: float, now: float, reason: str = "") -> bool:
+    def move_round(
+        self, run: str, number: int, old: str, new: str, deadline: float, now: float, reason: str = ""
+    ) -> bool:
         """Compare and set a round's state; False if it was not in `old`."""
         closed = now if new in ("published", "failed") else None
         return bool(
@@ -212,7 +229,9 @@ class Ledger:
 
     def extend_round(self, run: str, number: int, deadline: float) -> None:
         """After the coordinator was away: the phase gets its time again."""
-        self._db.execute("UPDATE rounds SET deadline = MAX(deadline, ?) WHERE run = ? AND round = ?", (deadline, run, number))
+        self._db.execute(
+            "UPDATE rounds SET deadline = MAX(deadline, ?) WHERE run = ? AND round = ?", (deadline, run, number)
+        )
 
     def last_round(self, run: str) -> dict[str, Any] | None:
         """The newest round of a run."""
@@ -241,7 +260,10 @@ class Ledger:
     def members(self, run: str, number: int) -> dict[str, Member]:
         """The cohort by device, in order of their names."""
         rows = self._db.execute("SELECT * FROM members WHERE run = ? AND round = ? ORDER BY device", (run, number))
-        return {r["device"]: Member(r["device"], r["status"], r["join_message"], r["nonce"], r["plan"], r["reason"]) for r in rows}
+        return {
+            r["device"]: Member(r["device"], r["status"], r["join_message"], r["nonce"], r["plan"], r["reason"])
+            for r in rows
+        }
 
     def contribute(self, run: str, number: int, item: Contribution, now: float) -> bool:
         """Commit an update; False if this device's is in already."""
@@ -254,9 +276,13 @@ class Ledger:
 
     def contributions(self, run: str, number: int) -> dict[str, Contribution]:
         """Committed updates by device."""
-        rows = self._db.execute("SELECT * FROM contributions WHERE run = ? AND round = ? ORDER BY device", (run, number))
+        rows = self._db.execute(
+            "SELECT * FROM contributions WHERE run = ? AND round = ? ORDER BY device", (run, number)
+        )
         return {
-            r["device"]: Contribution(r["device"], r["blob"], r["num_examples"], r["depth"], json.loads(r["metrics"]), bool(r["folded"]))
+            r["device"]: Contribution(
+                r["device"], r["blob"], r["num_examples"], r["depth"], json.loads(r["metrics"]), bool(r["folded"])
+            )
             for r in rows
         }
 
@@ -270,10 +296,12 @@ class Ledger:
     def set_partial(self, run: str, number: int, blob: bytes, weights: Mapping[str, int], members: list[str]) -> None:
         """The sum, its weights and its members, and that they are folded: call within one transaction."""
         self._db.execute(
-            "INSERT OR REPLACE INTO partials VALUES (?, ?, ?, ?, ?)", (run, number, blob, json.dumps(weights), json.dumps(members))
+            "INSERT OR REPLACE INTO partials VALUES (?, ?, ?, ?, ?)",
+            (run, number, blob, json.dumps(weights), json.dumps(members)),
         )
         self._db.executemany(
-            "UPDATE contributions SET folded = 1 WHERE run = ? AND round = ? AND device = ?", [(run, number, d) for d in members]
+            "UPDATE contributions SET folded = 1 WHERE run = ? AND round = ? AND device = ?",
+            [(run, number, d) for d in members],
         )
 
     def live_blobs(self) -> set[bytes]:

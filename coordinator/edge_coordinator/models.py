@@ -32,9 +32,13 @@ class Models:
 
     def import_first(self, section: ModelSection, now: float, progress: Callable[[str], None]) -> Manifest:
         """Version 1: the base checkpoint with a head for the fleet's labels, cut into blobs."""
-        checkpoint = find_checkpoint(section.base, max_length=section.max_length, family=section.family, progress=progress)
+        checkpoint = find_checkpoint(
+            section.base, max_length=section.max_length, family=section.family, progress=progress
+        )
         if checkpoint.labels and tuple(checkpoint.labels) != section.labels:
-            raise UsageError(f"{section.base} has a head for {len(checkpoint.labels)} other labels than fleet.toml names: make them the same")
+            raise UsageError(
+                f"{section.base} has a head for {len(checkpoint.labels)} other labels than fleet.toml names: make them the same"
+            )
         source = open_source(checkpoint, section.labels, self.store.folder)
         blobs = {}
         for tensor in source.spec.tensors:
@@ -57,7 +61,9 @@ class Models:
         try:
             return decode_manifest(self.store.path(blob).read_bytes())
         except FileNotFoundError:
-            raise ModelError(f"the manifest {blob.hex()[:12]} is no longer kept: the newest {KEEP_VERSIONS} versions and the first are") from None
+            raise ModelError(
+                f"the manifest {blob.hex()[:12]} is no longer kept: the newest {KEEP_VERSIONS} versions and the first are"
+            ) from None
 
     def fold(self, run: str, number: int, base: Manifest, committed: Mapping[str, Contribution]) -> Partial | None:
         """Add every committed update that is not in the partial sum yet; sum, weights and members in one transaction."""
@@ -84,7 +90,13 @@ class Models:
         changed = apply(base.spec, partial, paths, self.store)
         blobs = {t.name: changed.get(t.name, t.blob) for t in base.tensors}
         manifest = make_manifest(
-            base.spec, blobs, base.tokenizer, base.tokenizer_bytes, version=base.version + 1, method=method, parent=base_blob
+            base.spec,
+            blobs,
+            base.tokenizer,
+            base.tokenizer_bytes,
+            version=base.version + 1,
+            method=method,
+            parent=base_blob,
         )
         return manifest, self.store.put(encode_manifest(manifest))
 
@@ -114,6 +126,13 @@ class Models:
 def describe_versions(ledger: Ledger) -> Sequence[Mapping[str, Any]]:
     """For `edge-coordinator models`."""
     return [
-        {"version": r.version, "run": r.run, "round": r.round, "created_at": r.created_at, "manifest": r.manifest.hex(), **r.metrics}
+        {
+            "version": r.version,
+            "run": r.run,
+            "round": r.round,
+            "created_at": r.created_at,
+            "manifest": r.manifest.hex(),
+            **r.metrics,
+        }
         for r in ledger.models()
     ]

@@ -38,8 +38,9 @@ STOP_S = 5.0
 _HASH = re.compile(r"\$7\$[0-9]{1,7}\$[A-Za-z0-9+/=]{1,64}\$[A-Za-z0-9+/=]{88}")
 
 # max_queued_* count per client what is above the messages in flight. The coordinator is one client and takes what all
-# devices send, so its 64 MiB decide; a device has at most its credit of 16 chunks and 4 MiB waiting. What does not
-# fit is dropped in silence: the end-to-end commit sends it again.
+# devices send, so it decides: 256 MiB are the credit of 64 devices that upload at once (16 chunks and 4 MiB each). A
+# device never has more than its own credit waiting. Mosquitto acknowledges first and drops in silence what does not
+# fit: the end-to-end commit asks for it again, after a while.
 _TEMPLATE = """\
 # Written by edge-coordinator: changes are lost.
 listener {port} {host}
@@ -54,7 +55,7 @@ persistent_client_expiration 1h
 max_packet_size {max_packet_bytes}
 max_inflight_messages 32
 max_queued_messages 4096
-max_queued_bytes 67108864
+max_queued_bytes 268435456
 memory_limit {memory_limit_bytes}
 set_tcp_nodelay true
 sys_interval 0

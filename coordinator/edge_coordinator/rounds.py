@@ -3,7 +3,7 @@
     joining -> collecting -> closing -> published
         \\-> failed   \\-> failed
 
-`joining` ends when as many as the goal, and everybody who is online, have answered, or at its deadline; then the method plans for the whole cohort.
+`joining` ends when as many as the goal, and everybody who is online, have answered, or at its deadline with a quorum; then the method plans for the whole cohort. With nobody there it waits.
 `collecting` ends when the goal is reached, when every planned device has answered, or at its deadline.
 """
 
@@ -55,10 +55,14 @@ def next_state(round_: RoundState, rules: Rules, now: float) -> State:
     """The state that this round should be in."""
     if round_.state == "joining":
         answered = round_.joined + round_.unable
-        if round_.joined >= rules.quorum and (round_.joined >= rules.admit or answered >= max(rules.goal, round_.present)):
+        if round_.joined >= rules.quorum and (
+            round_.joined >= rules.admit or answered >= max(rules.goal, round_.present)
+        ):
             return "collecting"
-        if now >= round_.deadline:
-            return "collecting" if round_.joined >= rules.quorum else "failed"
+        if now >= round_.deadline and round_.joined >= rules.quorum:
+            return "collecting"
+        if now >= round_.deadline and answered >= max(round_.present, 1):
+            return "failed"  # everybody who is there has answered, and they are too few
     elif round_.state == "collecting":
         everybody = round_.committed + round_.gave_up >= round_.planned
         if round_.committed >= rules.goal or everybody or now >= round_.deadline:

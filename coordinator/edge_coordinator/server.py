@@ -69,19 +69,35 @@ class Server:
     """Runs the rounds of one fleet over a transport."""
 
     def __init__(
-        self, config: FleetConfig, ledger: Ledger, models: Models, transport: Transport, emit: Emit, *, clock: Callable[[], float] = time.time
+        self,
+        config: FleetConfig,
+        ledger: Ledger,
+        models: Models,
+        transport: Transport,
+        emit: Emit,
+        *,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         newest = models.newest()
         if newest is None:
             raise StoreError("the fleet has no model yet: run `edge-coordinator init` again")
-        self.config, self.ledger, self.models, self.transport, self.emit, self.clock = config, ledger, models, transport, emit, clock
+        self.config, self.ledger, self.models, self.transport, self.emit, self.clock = (
+            config,
+            ledger,
+            models,
+            transport,
+            emit,
+            clock,
+        )
         self.manifest: Manifest = newest[0]
         self.manifest_blob: bytes = newest[1]
         self.topics = Topics(config.realm)
         self.peers = Peers(models.store, models.updates)
         self.run = config.run.name
         admit = min(MAX_MEMBERS, math.ceil(config.run.goal * config.run.overselection))
-        self.rules = rounds.Rules(config.run.goal, config.run.quorum, admit, config.run.join_timeout_s, config.run.report_timeout_s)
+        self.rules = rounds.Rules(
+            config.run.goal, config.run.quorum, admit, config.run.join_timeout_s, config.run.report_timeout_s
+        )
         self.boot, self._sequence = os.urandom(8), 0
         self._next_attempt = 0.0  # not before this time: after a full disk, and between rounds
         self._connected = False
@@ -225,7 +241,9 @@ class Server:
 
     def _close(self, state: rounds.RoundState, now: float) -> None:
         """closing -> published. Each step may be repeated after a crash and gives the same bits."""
-        if state.state == "collecting" and not self.ledger.move_round(self.run, state.number, "collecting", "closing", state.deadline, now):
+        if state.state == "collecting" and not self.ledger.move_round(
+            self.run, state.number, "collecting", "closing", state.deadline, now
+        ):
             return
         committed = self.ledger.contributions(self.run, state.number)
         partial = self.models.fold(self.run, state.number, self.manifest, committed)
@@ -243,7 +261,9 @@ class Server:
         self._after_round(now)
 
     def _fail(self, state: rounds.RoundState, now: float) -> None:
-        reason = f"{state.committed} of {state.planned or state.joined} devices reported, the quorum is {self.rules.quorum}"
+        reason = (
+            f"{state.committed} of {state.planned or state.joined} devices reported, the quorum is {self.rules.quorum}"
+        )
         with self.ledger.transaction():
             self.ledger.move_round(self.run, state.number, state.state, "failed", now, now, reason)
         self.emit({"event": "round-failed", "round": state.number, "reason": reason})
@@ -287,7 +307,11 @@ class Server:
 
     def _join(self, peer: Peer, join: Join, payload: bytes) -> None:
         state = self._state()
-        if state is None or (join.run, join.round) != (self.run, state.number) or state.state not in ("joining", "collecting"):
+        if (
+            state is None
+            or (join.run, join.round) != (self.run, state.number)
+            or state.state not in ("joining", "collecting")
+        ):
             self._ack(peer.device, join.run, join.round, "late", "this round is not open any more")
             return
         member = self.ledger.members(self.run, state.number).get(peer.device)
@@ -300,7 +324,9 @@ class Server:
             else:
                 self._answer_member(member, state.number)
             return
-        able = bool(join.table and feasible(join.table, join.budget, self.config.train.epochs)) and join.num_examples > 0
+        able = (
+            bool(join.table and feasible(join.table, join.budget, self.config.train.epochs)) and join.num_examples > 0
+        )
         if able and (member is None or member.status != "joined") and not rounds.may_join(state, self.rules):
             self._ack(peer.device, join.run, join.round, "late", "the round has devices enough")
             return
@@ -319,11 +345,21 @@ class Server:
             self._ack(member.device, self.run, number, "committed", blob=contribution.blob)
         elif member.plan is not None and member.nonce is not None:
             plan: Plan = unpack_as(Plan, member.plan)
-            self._send(member.device, "grant", Grant(self.run, number, member.nonce, self.manifest.version, plan, self.rules.report_timeout_s))
+            self._send(
+                member.device,
+                "grant",
+                Grant(self.run, number, member.nonce, self.manifest.version, plan, self.rules.report_timeout_s),
+            )
             self.emit({"event": "granted", "round": number, "device": member.device, "depth": plan.chosen.depth,
                        "checkpointing": plan.chosen.checkpointing, "peak_bytes": plan.chosen.peak_bytes})  # fmt: skip
         else:
-            self._ack(member.device, self.run, number, "excluded" if member.status == "excluded" else "declined", member.reason)
+            self._ack(
+                member.device,
+                self.run,
+                number,
+                "excluded" if member.status == "excluded" else "declined",
+                member.reason,
+            )
 
     def _offer(self, peer: Peer, offer: Offer) -> None:
         contribution = self.ledger.contributions(offer.run, offer.round).get(peer.device)
@@ -376,7 +412,12 @@ class Server:
         if reason := check_update(self.manifest.spec, update):
             self._reject(peer, offer, reason)
             return
-        metrics = {"train_s": offer.train_s, "peak_bytes": offer.peak_bytes, "first_loss": offer.first_loss, "last_loss": offer.last_loss}
+        metrics = {
+            "train_s": offer.train_s,
+            "peak_bytes": offer.peak_bytes,
+            "first_loss": offer.first_loss,
+            "last_loss": offer.last_loss,
+        }
         item = Contribution(peer.device, offer.blob, offer.num_examples, depth, metrics, False)
         with self.ledger.transaction():
             fresh = self.ledger.contribute(self.run, offer.round, item, self.clock())
@@ -415,7 +456,15 @@ class Server:
         if state is None or state.state not in ("joining", "collecting"):
             return
         base = self.manifest.version
-        message = Round(self.run, state.number, self.epoch, base, self.config.run.method, self.config.train, self.rules.join_timeout_s)
+        message = Round(
+            self.run,
+            state.number,
+            self.epoch,
+            base,
+            self.config.run.method,
+            self.config.train,
+            self.rules.join_timeout_s,
+        )
         self._broadcast("round", message)
 
     def _broadcast(self, kind: str, body: Any) -> None:
@@ -452,4 +501,3 @@ def _read_join(member: Member) -> Join:
 def _seed(seed: int, number: int, device: str) -> int:
     """The device's own seed for a round: the same in every run with the same settings."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}/{device}".encode()).digest()[:7], "big")
-

@@ -59,7 +59,9 @@ class Corpus:
             self.starts = np.load(folder / "starts.npy", mmap_mode="r", allow_pickle=False)
             self.labels = np.load(folder / "labels.npy", mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise DataError(f"the tokenised data in {folder} is damaged ({error}): delete the folder, it is made anew") from None
+            raise DataError(
+                f"the tokenised data in {folder} is damaged ({error}): delete the folder, it is made anew"
+            ) from None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,12 +97,16 @@ class Corpus:
         return batches
 
 
-def build_corpus(examples: Sequence[Example], tokenizer_json: bytes, labels: Sequence[str], max_length: int, cache: Path) -> Path:
+def build_corpus(
+    examples: Sequence[Example], tokenizer_json: bytes, labels: Sequence[str], max_length: int, cache: Path
+) -> Path:
     """Tokenise examples into a folder below `cache`, or find it there; -> the folder.
 
     The name is a hash of the texts, labels, tokenizer and length: any change makes another folder.
     """
-    digest = hashlib.sha256(b"corpus 1\0" + hashlib.sha256(tokenizer_json).digest() + json.dumps([list(labels), max_length]).encode())
+    digest = hashlib.sha256(
+        b"corpus 1\0" + hashlib.sha256(tokenizer_json).digest() + json.dumps([list(labels), max_length]).encode()
+    )
     for example in examples:
         digest.update(json.dumps([example.text, example.label]).encode())
     folder = cache / digest.hexdigest()[:32]
@@ -124,7 +130,9 @@ def build_corpus(examples: Sequence[Example], tokenizer_json: bytes, labels: Seq
     return folder
 
 
-def _write(examples: Sequence[Example], tokenizer_json: bytes, labels: Sequence[str], max_length: int, folder: Path) -> None:
+def _write(
+    examples: Sequence[Example], tokenizer_json: bytes, labels: Sequence[str], max_length: int, folder: Path
+) -> None:
     import numpy as np
 
     from edge_runtime.tokenize import Tokenizer

@@ -1,7 +1,7 @@
 """Runs a worker process under a memory limit, watches it, and turns its end into a result or an error.
 
-Hard limit: a cgroup of its own where this process may make one (v1 or v2), else RLIMIT_DATA. In both cases a watchdog
-reads the resident size 20 times a second and kills a worker that passes its limit. Imports no torch.
+Hard limit: a cgroup of its own where this process may make one (v1 or v2). Elsewhere RLIMIT_DATA stops a runaway, and a
+watchdog reads the anonymous memory 20 times a second and kills a worker that passes its limit. Imports no torch.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Worker:
                 os.setpriority(os.PRIO_PROCESS, self.pid, nice)
         procs = str(self._cgroup / "cgroup.procs") if self._cgroup else None
         threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
-        if limit_bytes:
+        if limit_bytes and self._cgroup is None:
             threading.Thread(target=self._watch, daemon=True).start()
         with contextlib.suppress(BrokenPipeError):  # it died at once: poll() says why
             assert self._process.stdin
@@ -125,7 +125,8 @@ class Worker:
 
     def _watch(self) -> None:
         while self._process.poll() is None:
-            if process_memory(self.pid).get("VmRSS", 0) > (self.limit_bytes or 0):
+            held = process_memory(self.pid)
+            if held.get("RssAnon", 0) + held.get("VmSwap", 0) > (self.limit_bytes or 0):  # mapped files can be evicted
                 self._over_limit = True
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.pid, signal.SIGKILL)
@@ -139,7 +140,9 @@ class Worker:
         self.close()
         if killed_by_limit:
             limit = (self.limit_bytes or 0) / 2**20
-            return TrainingFailed(f"the training process was killed at its memory limit of {limit:.0f} MiB", out_of_memory=True)
+            return TrainingFailed(
+                f"the training process was killed at its memory limit of {limit:.0f} MiB", out_of_memory=True
+            )
         if code < 0:
             return TrainingFailed(f"the training process was killed by signal {-code}")
         return TrainingFailed(f"the training process ended with code {code}: {tail[-1] if tail else 'no message'}")

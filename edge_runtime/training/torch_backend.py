@@ -110,7 +110,9 @@ class TorchBackend:
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    def _checkpointed(self, blocks: list[Any], hidden: Any, bias: Any, mask: Any, labels: Any, batch_size: int) -> float:
+    def _checkpointed(
+        self, blocks: list[Any], hidden: Any, bias: Any, mask: Any, labels: Any, batch_size: int
+    ) -> float:
         """Only each block's input is kept; its inside is computed again when its turn comes (Chen et al. 2016)."""
         inputs = []
         with torch.no_grad():

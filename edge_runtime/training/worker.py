@@ -44,7 +44,10 @@ def spec_of(job: Job) -> ModelSpec:
 
 def weights_of(job: Job) -> dict[str, MappedTensor]:
     """Where a job's weights lie."""
-    return {name: MappedTensor(path, offset, tuple(shape), dtype) for name, (path, offset, shape, dtype) in job["weights"].items()}
+    return {
+        name: MappedTensor(path, offset, tuple(shape), dtype)
+        for name, (path, offset, shape, dtype) in job["weights"].items()
+    }
 
 
 def corpus(job: Job) -> dict[str, Any]:
@@ -92,7 +95,9 @@ def train(job: Job) -> dict[str, Any]:
 
     result = run(backend, data, plan, progress)
     peak = process_memory().get("VmHWM", 0)
-    held_out = accuracy(backend, Corpus(Path(job["test_corpus"])), plan.chosen.micro_batch) if job.get("test_corpus") else None
+    held_out = (
+        accuracy(backend, Corpus(Path(job["test_corpus"])), plan.chosen.micro_batch) if job.get("test_corpus") else None
+    )
     with atomic_writer(Path(job["update"])) as file:
         for name, delta in backend.deltas():
             if not bool((abs(delta) < float("inf")).all()):

@@ -102,7 +102,7 @@ def open_folder(folder: Path) -> tuple[dict[str, ConfigValue], dict[str, MappedT
     for old, tensor in stored.items():
         name = _public_name(old)
         if name in tensors:
-            raise ModelError(f"{folder} has {name!r} twice, with and without its old name: repair the checkpoint")
+            raise ModelError(f"{folder} has {_short(name)} twice, with and without its old name: repair the checkpoint")
         tensors[name] = tensor
     pooled = any(n.startswith(("pooler.", "pre_classifier.")) for n in tensors)  # that head does not read the mean
     labels = 0 if pooled else _head_labels(tensors)
@@ -181,7 +181,7 @@ def _checked_config(config: Mapping[str, Any]) -> dict[str, ConfigValue]:
 
 
 def _checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(labels, str) or not all(isinstance(label, str) and label for label in labels):
+    if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) and label for label in labels):
         raise ModelError("labels must be a list of non-empty texts")
     if not 2 <= len(labels) <= MAX_LABELS or len(set(labels)) != len(labels):
         raise ModelError(f"labels must be from 2 to {MAX_LABELS} different texts, they are {_short(list(labels))}")

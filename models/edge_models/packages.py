@@ -141,7 +141,7 @@ def _download(requirement: str, target: Path, folder: Path) -> Path:
     """The wheel that pip downloads into `target`. Wheels only: a source package would run its own code."""
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", "-q", *options, "-d", str(target), requirement]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)  # noqa: S603
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     wheels = list(target.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:
         return wheels[0]

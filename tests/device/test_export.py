@@ -107,7 +107,8 @@ def test_any_batch_and_sequence_up_to_max_length_gives_torchs_logits(
 def test_the_file_is_a_valid_onnx_model_that_carries_everything(real: Parts, exported: ExportReport) -> None:
     model = onnx.load(str(exported.path), load_external_data=False)
     onnx.checker.check_model(model, full_check=True)
-    assert [o.version for o in model.opset_import if o.domain == ""] == [20]
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
+    assert model.ir_version == 9
     inputs = [(i.name, i.type.tensor_type.elem_type) for i in model.graph.input]
     assert inputs == [("input_ids", onnx.TensorProto.INT64), ("attention_mask", onnx.TensorProto.INT64)]
     assert [o.name for o in model.graph.output] == ["logits"]
@@ -195,7 +196,12 @@ def test_parts_that_do_not_fit_together_are_refused_before_the_work(tiny: Parts,
 
 @pytest.mark.parametrize(
     ("samples", "metadata", "told"),
-    [([], {}, "at least one sample"), (["who"], {"labels": "x"}, "'labels' is not"), (["who"], {"n": 1}, "'n' is not")],
+    [
+        ([], {}, "at least one sample"),
+        ("who", {}, "a list"),
+        (["who"], {"labels": "x"}, "'labels' is not"),
+        (["who"], {"n": 1}, "'n' is not"),
+    ],
 )
 def test_a_wrong_call_is_a_usage_error(tiny: Parts, tmp_path: Path, samples: Any, metadata: Any, told: str) -> None:
     spec, tensors, tokenizer = tiny

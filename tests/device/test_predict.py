@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import subprocess
@@ -19,7 +18,7 @@ import torch
 from edge_models import bert, hub
 from edge_runtime.errors import DataError, ModelError, UsageError
 from edge_runtime.export import export_onnx
-from edge_runtime.predict import BATCH_TOKENS, Predictor, evaluate, length_buckets, softmax
+from edge_runtime.predict import BATCH_TOKENS, FORMAT, Predictor, evaluate, length_buckets, softmax
 from edge_runtime.tokenize import Tokenizer, pad
 from edge_runtime.weights import MappedTensor
 
@@ -59,19 +58,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors["classifier.weight"] = MappedTensor(str(head), 0, (len(KNOWN), 384))
     tensors["classifier.bias"] = MappedTensor(str(head), 4 * 384 * len(KNOWN), (len(KNOWN),))
     out = tmp_path_factory.mktemp("model") / "model.onnx"
-    export_onnx(spec, tensors, raw, out, samples=[text for text, _ in NEW], metadata={"model": "cafe", "method": "caff"})
+    metadata = {"model": "cafe", "method": "caff"}
+    export_onnx(spec, tensors, raw, out, samples=[text for text, _ in NEW], metadata=metadata)
     return out
 
 
 @pytest.fixture(scope="module")
 def predictor(path: Path) -> Predictor:
     return Predictor(path, threads=2)
-
-
-@pytest.fixture(scope="module")
-def graph(path: Path) -> onnx.ModelProto:
-    """The exported file's graph with weights of no size: quick to copy and to damage."""
-    return onnx.load(str(path))
 
 
 def test_new_texts_get_the_label_of_the_texts_like_them(predictor: Predictor) -> None:
@@ -99,7 +93,7 @@ def test_order_and_probabilities_do_not_depend_on_the_other_texts(predictor: Pre
         assert list(one.probabilities.values()) == pytest.approx(list(alone.probabilities.values()), abs=1e-5)
 
 
-@pytest.mark.parametrize("text", ["", "\0", "\ud800", " " * 10_000_000, "soup " * 2_000_000, "x" * 1_000_000, "\x1b[31m"])
+@pytest.mark.parametrize("text", ["", "\0", "\ud800", " " * 10_000_000, "soup " * 2_000_000, "x" * 1_000_000])
 def test_hostile_texts_get_a_label(predictor: Predictor, text: str) -> None:
     (found,) = predictor.predict([text])
     assert found.label in KNOWN
@@ -137,17 +131,19 @@ def test_evaluate_refuses_unknown_labels_and_nothing(path: Path) -> None:
 
 def test_predicting_imports_no_torch_and_stays_small(path: Path) -> None:
     code = f"""
-import resource, sys
+import sys
+from pathlib import Path
 sys.modules["torch"] = sys.modules["onnx"] = sys.modules["edge_models"] = None
 from edge_runtime.predict import Predictor
 assert "numpy" not in sys.modules and "onnxruntime" not in sys.modules
 predictor = Predictor({str(path)!r}, threads=1)
 predictor.predict(["soup " * n for n in range(100)])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+status = Path("/proc/self/status")  # not getrusage: its peak is the parent's until exec
+print(next(line.split()[1] for line in status.read_text().splitlines() if "VmHWM" in line) if status.exists() else 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert int(done.stdout) < 2.5 * path.stat().st_size + (100 << 20)
+    assert 1024 * int(done.stdout) < 1.5 * path.stat().st_size + (100 << 20)  # 165 of 199 MiB on x86-64
 
 
 def test_internal_batches_hold_every_row_once_and_few_tokens() -> None:
@@ -162,47 +158,61 @@ def test_internal_batches_hold_every_row_once_and_few_tokens() -> None:
 
 def test_softmax_survives_any_finite_logits() -> None:
     probabilities = softmax(np.array([[1e30, -1e30], [3e38, 3e38], [0, math.log(3)]], np.float32))
-    np.testing.assert_allclose(probabilities, [[1, 0], [0.5, 0.5], [0.25, 0.75]], atol=1e-7)
+    np.testing.assert_allclose(probabilities, np.array([[1, 0], [0.5, 0.5], [0.25, 0.75]]), atol=1e-7)
 
 
-def strip(model: onnx.ModelProto, *keys: str, **values: str) -> bytes:
-    """The model with metadata entries left out or replaced."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    entries = {p.key: p.value for p in model.metadata_props if p.key not in keys} | values
-    del copy.metadata_props[:]
-    onnx.helper.set_model_props(copy, entries)
-    return copy.SerializeToString()
+def small_file(path: Path, entries: dict[str, str | None], scale: float = 1.0) -> Path:
+    """An ONNX file with our inputs, output and metadata, but for `entries`, that multiplies the text's length."""
+    tokenizer = (hub.resolve("minilm-l6", print) / "tokenizer.json").read_text()
+    good = {"format": FORMAT, "labels": '["a", "b", "c"]', "max_length": "8", "tokenizer": tokenizer, "family": "none"}
+    ints, floats = onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
+    inputs = [onnx.helper.make_tensor_value_info(n, ints, ["batch", "seq"]) for n in ("input_ids", "attention_mask")]
+    nodes = [
+        onnx.helper.make_node("Cast", ["attention_mask"], ["mask"], to=floats),
+        onnx.helper.make_node("ReduceSum", ["mask", "axis"], ["length"], keepdims=1),
+        onnx.helper.make_node("Mul", ["length", "scale"], ["logits"]),
+    ]
+    constants = [
+        onnx.helper.make_tensor("axis", ints, [1], [1]),
+        onnx.helper.make_tensor("scale", floats, [1, 3], [0, 0, scale]),
+    ]
+    output = onnx.helper.make_tensor_value_info("logits", floats, ["batch", 3])
+    graph = onnx.helper.make_graph(nodes, "g", inputs, [output], constants)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    onnx.helper.set_model_props(model, {k: v for k, v in {**good, **entries}.items() if v is not None})
+    onnx.save(model, str(path))
+    return path
 
 
-@pytest.mark.parametrize("key", ["format", "labels", "max_length", "tokenizer"])
-def test_a_file_without_one_of_our_entries_is_refused(graph: onnx.ModelProto, tmp_path: Path, key: str) -> None:
-    (tmp_path / "m.onnx").write_bytes(strip(graph, key))
-    with pytest.raises(ModelError, match="export it again"):
-        Predictor(tmp_path / "m.onnx")
+def test_the_small_file_below_is_accepted_when_nothing_is_wrong_with_it(tmp_path: Path) -> None:
+    (found,) = Predictor(small_file(tmp_path / "m.onnx", {})).predict(["one two"])  # 4 tokens
+    assert found.label == "c"
+    assert found.probability == pytest.approx(math.exp(4) / (math.exp(4) + 2))
 
 
 @pytest.mark.parametrize(
-    "entries",
+    "entry",
     [
+        {"format": None},
         {"format": "edge-runtime 99"},
+        {"labels": None},
         {"labels": "[1, 2"},
         {"labels": "7"},
-        {"labels": json.dumps(["a", "b"])},
-        {"labels": json.dumps([1, 2, 3])},
-        {"labels": json.dumps(["a", "a", "b"])},
+        {"labels": "[" * 100_000},
+        {"labels": '["a", "b"]'},
+        {"labels": "[1, 2, 3]"},
+        {"labels": '["a", "a", "b"]'},
+        {"max_length": None},
         {"max_length": "many"},
         {"max_length": "-1"},
         {"max_length": "1000000000"},
+        {"tokenizer": None},
         {"tokenizer": "{}"},
     ],
 )
-def test_a_file_with_a_damaged_entry_is_refused(
-    graph: onnx.ModelProto, tmp_path: Path, entries: dict[str, str]
-) -> None:
-    (tmp_path / "m.onnx").write_bytes(strip(graph, **entries))
-    with pytest.raises(ModelError):
-        Predictor(tmp_path / "m.onnx")
+def test_a_file_with_a_missing_or_damaged_entry_is_refused(tmp_path: Path, entry: dict[str, str | None]) -> None:
+    with pytest.raises(ModelError, match=r"export it again|wanted .* logits|fetch tokenizer"):
+        Predictor(small_file(tmp_path / "m.onnx", entry))
 
 
 @pytest.mark.parametrize("damage", [b"", b"not onnx", b"\x08\x0a", bytes(1000), "cut"])
@@ -226,18 +236,9 @@ def test_somebody_elses_onnx_model_is_refused(tmp_path: Path) -> None:
     onnx.save(model, str(tmp_path / "m.onnx"))
     with pytest.raises(ModelError, match="not a model exported by this edge-runtime"):
         Predictor(tmp_path / "m.onnx")
-    tokenizer = (hub.resolve("minilm-l6", print) / "tokenizer.json").read_text()
-    ours = {"format": "edge-runtime 1", "labels": '["a", "b"]', "max_length": "8", "tokenizer": tokenizer}
-    (tmp_path / "m.onnx").write_bytes(strip(model, **ours))
-    with pytest.raises(ModelError, match="wanted .* to 2 logits"):
-        Predictor(tmp_path / "m.onnx")
 
 
-def test_logits_that_are_not_numbers_are_an_error_and_not_a_label(graph: onnx.ModelProto, tmp_path: Path) -> None:
-    broken = onnx.ModelProto()
-    broken.CopyFrom(graph)
-    (bias,) = (i for i in broken.graph.initializer if i.name == "classifier.bias")
-    bias.raw_data = np.full(3, np.nan, "<f4").tobytes()
-    onnx.save(broken, str(tmp_path / "m.onnx"))
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_logits_that_are_not_numbers_are_an_error_and_not_a_label(tmp_path: Path, scale: float) -> None:
     with pytest.raises(ModelError, match="not finite"):
-        Predictor(tmp_path / "m.onnx").predict(["soup"])
+        Predictor(small_file(tmp_path / "m.onnx", {}, scale)).predict(["soup"])

@@ -44,4 +44,7 @@ def configure_train(method: str, joins: Mapping[str, Join], num_blocks: int, epo
 
     tables = {device: feasible(join.table, join.budget, epochs) for device, join in joins.items()}
     chosen = METHODS[method](tables, num_blocks)
-    return {device: Choice(row, "" if row else f"{method} leaves out a device with these budgets") for device, row in chosen.items()}
+    return {
+        device: Choice(row, "" if row else f"{method} leaves out a device with these budgets")
+        for device, row in chosen.items()
+    }
