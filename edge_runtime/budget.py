@@ -9,6 +9,7 @@ from edge_runtime.records import DeviceProfile
 
 AGENT_RESERVE_BYTES = 64 << 20  # for the agent beside its training process; a test holds the agent to it
 STEP_BYTES = 8 << 20  # automatic budgets are rounded down to this, so that small fluctuations do not change the plan
+MAX_BYTES, MAX_SECONDS = 1 << 50, 1e9  # as on the wire
 UNITS = {
     "": 1,
     "b": 1,
@@ -35,7 +36,10 @@ def parse_bytes(text: str) -> int:
     unit = UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
         raise UsageError(f"{text!r} is not a size: write for example 450MB, 1.5GiB or a number of bytes")
-    return int(float(match[1]) * unit)
+    size = float(match[1]) * unit
+    if size > MAX_BYTES:
+        raise UsageError(f"{text[:40]!r} is more than any device has")
+    return int(size)
 
 
 def parse_seconds(text: str) -> float:
@@ -47,7 +51,10 @@ def parse_seconds(text: str) -> float:
     match = re.match(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*\Z", text)
     if match is None:
         raise UsageError(f"{text!r} is not a duration: write for example 90s, 15m or 2h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    if seconds > MAX_SECONDS:
+        raise UsageError(f"{text[:40]!r} is longer than anybody waits")
+    return seconds
 
 
 def memory_budget(text: str, profile: DeviceProfile) -> int:

@@ -1,23 +1,57 @@
-"""What the command lines share: errors to exit codes, progress that behaves off a terminal, tables, stopping cleanly.
+"""What the command lines share: help, errors to exit codes, events and progress for people, tables, stopping cleanly.
 
-Standard library only.
+Not here: any one command, its flags or its sentences. Imports the standard library and `errors` only.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 from edge_runtime.errors import EdgeError
 
 INTERRUPTED = 130
+EXIT_CODES = {
+    0: "done",
+    2: "usage",
+    3: "data",
+    4: "model",
+    5: "does not fit",
+    6: "training failed",
+    7: "connection",
+    8: "extra missing",
+    9: "wire",
+    10: "storage",
+    INTERRUPTED: "stopped",
+}
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Sentences: TypeAlias = Mapping[str, Callable[[dict[str, Any]], str]]
+
+
+def new_parser(
+    commands: Commands | None, name: str, what: str, *examples: str, exit_codes: Iterable[int]
+) -> argparse.ArgumentParser:
+    """A command line, or one of its `commands`, which has `--json`; its help ends with examples and exit codes."""
+    codes = ", ".join(f"{code} {EXIT_CODES[code]}" for code in exit_codes)
+    epilog = "\n  ".join(["examples:", *examples]) + f"\n\nexit codes: {codes}"
+    options: dict[str, Any] = {
+        "description": what,
+        "epilog": epilog,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+    if commands is None:
+        return argparse.ArgumentParser(name, **options)
+    made = commands.add_parser(name, help=what, **options)
+    made.add_argument("--json", action="store_true", help="print JSON for scripts")
+    return made
 
 
 def run_main(main: Callable[[], int]) -> int:
@@ -52,8 +86,12 @@ def what_is_trained(depth: int) -> str:
     return {0: "the head", 1: "the last block"}.get(depth, f"the last {depth} blocks")
 
 
-def plain_event(event: dict[str, Any]) -> str:
-    """An event that has no sentence of its own."""
+def note_event(event: dict[str, Any], sentences: Sentences) -> None:
+    """An event for people: in its kind's sentence, or with its fields as they are where the kind has none."""
+    note(sentences.get(event["event"], _plain_event)(event))
+
+
+def _plain_event(event: dict[str, Any]) -> str:
     return " ".join([event["event"], *(f"{k}={v}" for k, v in event.items() if k != "event")])
 
 

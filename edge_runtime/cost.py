@@ -105,7 +105,7 @@ def cost(
     micro_batch: int,
 ) -> CostRow:
     """The predicted cost of one candidate."""
-    batch = min(settings.batch_size, data.num_examples)
+    batch = max(1, min(settings.batch_size, data.num_examples))
     pieces = -(-batch // micro_batch)
     law = law_bytes(spec, depth, checkpointing, micro_batch * data.longest, pieces, settings.optimizer)
     peak = int((calibration.runtime_bytes + law) * MARGIN + HEAP_BYTES) // ROUND_BYTES * ROUND_BYTES + ROUND_BYTES

@@ -59,7 +59,7 @@ def read_credentials(path: Path) -> Credentials:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} is missing: the coordinator makes it with `edge-coordinator enroll DEVICE`") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {error}") from None
     found = _take(
         raw.get("fleet"),
@@ -77,6 +77,8 @@ def read_credentials(path: Path) -> Credentials:
     check_id("realm", found["realm"])
     if check_id("device", found["device"]) == COORDINATOR:
         raise UsageError(f"{path}: no device may be called {COORDINATOR}")
+    if not found["host"] or not 1 <= found["port"] <= 65535:
+        raise UsageError(f"{path}: [fleet] needs a host, and a port from 1 to 65535")
     return Credentials(**found, settings=DeviceSection(**section))
 
 
@@ -126,7 +128,15 @@ family = {quoted["family"]}
 
 
 def toml_text(value: str) -> str:
-    """A text as a TOML basic string: JSON's escapes are a subset of TOML's."""
+    """A text as a TOML basic string.
+
+    JSON's escapes are a subset of TOML's but for one: a character beyond U+FFFF as two surrogates. So it stays as it is.
+
+    Raises:
+        UsageError: it holds bytes that are no text, as a file name may.
+    """
     import json
 
-    return json.dumps(value).replace("\x7f", "\\u007f")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise UsageError(f"{value!r} cannot be written to a TOML file: it is no UTF-8")
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,7 +1,7 @@
 """Reads labelled text (CSV, TSV, JSON lines, a JSON array; plain or .gz) and says exactly what is wrong with it.
 
-Not here: how examples are divided (`split.py`), tokens (`edge_models`), data sets to download (`tools/datasets.py`).
-Imports the standard library and `errors` only.
+Not here: physical lines and encodings (`lines.py`), how examples are divided (`split.py`), tokens (`tokenize.py`), data
+sets to download (`tools/datasets.py`). Imports the standard library, `lines` and `errors` only.
 
 In memory: the examples handed back and one row; the file never sits there as a whole. A row has at most `MAX_ROW_CHARS`
 characters; reading one that long takes 96 MiB of ASCII and 192 MiB with emoji (measured), all others a few KiB. The one
@@ -10,42 +10,25 @@ exception is a JSON array, which is one string of at most `MAX_ARRAY_CHARS`.
 
 from __future__ import annotations
 
-import codecs
-import contextlib
 import csv
-import gzip
-import io
 import json
 import math
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, TextIO, cast
+from typing import BinaryIO, Literal, NamedTuple, TextIO, cast
 
 from edge_runtime.errors import DataError, UsageError
+from edge_runtime.lines import INVALID, MAX_ROW_CHARS, SURROGATE, Lines, RowTooLong, open_lines
 
-MAX_ROW_CHARS = 16 << 20
 MAX_ARRAY_CHARS = 256 << 20
 MAX_LABEL_CHARS = 256
 KEPT_BAD_ROWS = 20
 NAMED_BAD_ROWS = 5
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
-BOMS = (  # utf-32 first: its little-endian mark begins with that of utf-16
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-# What the decoder writes for bytes it cannot decode. No valid file decodes to half a surrogate pair, so a line that
-# holds one is a line with invalid bytes, and reading goes on with the next.
-INVALID = "\udcff"
-SURROGATE = re.compile("[\ud800-\udfff]")
-UNREADABLE = (OSError, EOFError, zlib.error, UnicodeError)  # EOFError, zlib.error: a damaged .gz
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +74,6 @@ class _Raw(NamedTuple):
     problem: str | None = None
 
 
-class _RowTooLong(Exception):
-    """Raised through csv.reader, which then begins afresh with the next line."""
-
-
 def read_examples(
     path: str | os.PathLike[str],
     *,
@@ -128,7 +107,7 @@ def read_examples(
     bad: list[BadRow] = []
     num_bad = 0
     known: dict[str, str] = {}  # one string per label, not one per row
-    with _open(path, encoding) as lines:
+    with open_lines(path, encoding) as lines:
         for raw in _rows(path, lines, text_column, label_column):
             row = _check(raw, allowed)
             if isinstance(row, Example):
@@ -155,12 +134,12 @@ def iter_texts(source: str | os.PathLike[str] | TextIO | BinaryIO) -> Iterator[s
     Raises:
         DataError: the file cannot be read, or a line is longer than `MAX_ROW_CHARS` characters.
     """
-    with _open(source, None, errors="replace") as lines:
+    with open_lines(source, None, errors="replace") as lines:
         while True:
             lines.begin()
             try:
                 line = next(lines, None)
-            except _RowTooLong as error:
+            except RowTooLong as error:
                 raise DataError(f"{lines.name}, line {lines.first} is {error}: divide it") from None
             if line is None:
                 return
@@ -205,117 +184,7 @@ def _describe_bad(path: Path, bad: Sequence[BadRow], num_bad: int) -> str:
     )
 
 
-class _Lines:
-    """The physical lines of a text stream, bounded and counted; `csv.reader` pulls from it.
-
-    `begin()` opens a row: from there `first` is its first line, `problem` what its lines turned out to hold, and all
-    its lines together are bounded, which ends a quotation that never closes.
-    """
-
-    def __init__(self, stream: TextIO, name: str, encoding: str) -> None:
-        self.stream, self.name, self.encoding = stream, name, encoding
-        self.number = 0
-        self.first = 1
-        self.problem: str | None = None
-        self._row_chars = 0
-        self._held: str | None = None
-
-    def begin(self) -> None:
-        self.first, self.problem, self._row_chars = self.number + 1, None, 0
-
-    def peek(self) -> str:
-        """The next line that is not blank, "" at the end, cut at the bound; it stays in place."""
-        while self._held is None:
-            line = self.stream.readline(MAX_ROW_CHARS + 1)
-            if self.number == 0:
-                line = line.removeprefix("\ufeff")  # what a named encoding such as utf-8 or utf-16-le leaves there
-            if line.endswith(("\n", "\r")) and not line.strip():
-                self.number += 1
-            else:
-                self._held = line
-        return self._held
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        line, self._held = self._held, None
-        if line is None:
-            line = self.stream.readline(MAX_ROW_CHARS + 1)
-        if not line:
-            raise StopIteration
-        self.number += 1
-        self._row_chars += len(line)
-        if self._row_chars > MAX_ROW_CHARS:
-            while line and not line.endswith(("\n", "\r")):
-                line = self.stream.readline(1 << 20)
-            raise _RowTooLong(f"longer than {MAX_ROW_CHARS:,} characters")
-        if INVALID in line:
-            self.problem = f"line {self.number} holds bytes that are not {self.encoding}"
-        elif "\0" in line:
-            self.problem = f"line {self.number} holds a NUL byte (as UTF-16 without a byte order mark does)"
-            line = line.replace("\0", "\ufffd")  # csv in Python 3.10 refuses it; the row is lost anyway
-        return line
-
-
-@contextlib.contextmanager
-def _open(
-    source: str | os.PathLike[str] | TextIO | BinaryIO, encoding: str | None, *, errors: str = "edge_runtime.mark"
-) -> Iterator[_Lines]:
-    """The lines of a file or stream, with whatever goes wrong on the way as a DataError."""
-    path = Path(source) if isinstance(source, (str, os.PathLike)) else None
-    name = str(path) if path is not None else str(getattr(source, "name", "the stream"))
-    with contextlib.ExitStack() as stack:
-        try:
-            binary: Any = getattr(source, "buffer", source)
-            if path is not None:
-                binary = stack.enter_context((gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb"))
-            if isinstance(binary, io.TextIOBase):  # an io.StringIO: there is nothing to decode
-                yield _Lines(cast(TextIO, binary), name, "text")
-                return
-            if not hasattr(binary, "peek"):
-                binary = io.BufferedReader(binary)
-                stack.callback(_let_go, binary)
-            codec = _codec(binary, encoding)
-            text = io.TextIOWrapper(binary, codec, errors, newline="")
-            stack.callback(_let_go, text)
-            yield _Lines(text, name, codec)
-        except FileNotFoundError:
-            raise DataError(f"there is no file {name}: correct the path") from None
-        except IsADirectoryError:
-            raise DataError(f"{name} is a folder: name one file in it") from None
-        except UNREADABLE as error:
-            raise DataError(f"cannot read {name}: {error}: correct or replace the file, or its --encoding") from None
-
-
-def _let_go(wrapper: io.TextIOWrapper | io.BufferedReader) -> None:
-    """Leave the stream below open, which the wrapper's end would close; it may be closed already."""
-    with contextlib.suppress(ValueError):
-        wrapper.detach()
-
-
-def _codec(binary: io.BufferedReader, encoding: str | None) -> str:
-    """The codec to read with: the one asked for, else what the byte order mark says, else UTF-8."""
-    if encoding is None:
-        head = binary.peek(4)
-        return next((codec for bom, codec in BOMS if head.startswith(bom)), "utf-8")
-    try:
-        "".encode(encoding)  # refuses also what is a codec but no text encoding, such as base64
-        return codecs.lookup(encoding).name
-    except (LookupError, ValueError):
-        raise UsageError(f"Python knows no text encoding {encoding!r}: try utf-8, utf-16 or latin-1") from None
-
-
-def _mark(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
-    return INVALID, error.end
-
-
-codecs.register_error("edge_runtime.mark", _mark)
-
-
-def _rows(path: Path, lines: _Lines, text_column: str, label_column: str) -> Iterator[_Raw]:
+def _rows(path: Path, lines: Lines, text_column: str, label_column: str) -> Iterator[_Raw]:
     """The rows of a file as its suffix says."""
     suffixes = [s.lower() for s in path.suffixes if s.lower() != ".gz"]
     suffix = suffixes[-1] if suffixes else ""
@@ -331,19 +200,19 @@ def _rows(path: Path, lines: _Lines, text_column: str, label_column: str) -> Ite
         yield from _json_rows(lines, text_column, label_column)
 
 
-def _too_long(lines: _Lines, error: _RowTooLong) -> _Raw:
+def _too_long(lines: Lines, error: RowTooLong) -> _Raw:
     upto = "" if lines.number == lines.first else f" (it runs to line {lines.number}: is a quotation not closed?)"
     return _Raw(lines.first, problem=f"the row is {error}{upto}")
 
 
-def _csv_rows(path: Path, lines: _Lines, text_column: str, label_column: str) -> Iterator[_Raw]:
-    # The limit is one for the process and 128 KiB by default; ours is enforced by `_Lines`, so raising it is harmless.
+def _csv_rows(path: Path, lines: Lines, text_column: str, label_column: str) -> Iterator[_Raw]:
+    # The limit is one for the process and 128 KiB by default; ours is enforced by `Lines`, so raising it is harmless.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_CHARS))
     reader = csv.reader(lines, delimiter=_delimiter(lines.peek(), (text_column, label_column)), strict=True)
     lines.begin()
     try:
         header = [name.strip() for name in next(reader)]
-    except (csv.Error, _RowTooLong) as error:
+    except (csv.Error, RowTooLong) as error:
         raise DataError(f"{path}, line {lines.first}: the header is damaged ({error}): correct it") from None
     if lines.problem:
         raise DataError(f"{path}: in the header, {lines.problem}: correct it or name the encoding with --encoding")
@@ -352,7 +221,7 @@ def _csv_rows(path: Path, lines: _Lines, text_column: str, label_column: str) ->
         lines.begin()
         try:
             fields = next(reader, None)
-        except _RowTooLong as error:
+        except RowTooLong as error:
             yield _too_long(lines, error)
             continue
         except csv.Error as error:
@@ -393,13 +262,13 @@ def _columns(path: Path, header: Sequence[str], wanted: Sequence[str]) -> list[i
     return [header.index(name) for name in wanted]
 
 
-def _json_rows(lines: _Lines, text_column: str, label_column: str) -> Iterator[_Raw]:
+def _json_rows(lines: Lines, text_column: str, label_column: str) -> Iterator[_Raw]:
     """One JSON object on each line."""
     while True:
         lines.begin()
         try:
             line = next(lines, None)
-        except _RowTooLong as error:
+        except RowTooLong as error:
             yield _too_long(lines, error)
             continue
         if line is None:
@@ -413,7 +282,7 @@ def _json_rows(lines: _Lines, text_column: str, label_column: str) -> Iterator[_
                 yield _Raw(lines.first, problem=f"it is not JSON ({error})")
 
 
-def _array_rows(path: Path, lines: _Lines, text_column: str, label_column: str) -> Iterator[_Raw]:
+def _array_rows(path: Path, lines: Lines, text_column: str, label_column: str) -> Iterator[_Raw]:
     """The objects of one JSON array, decoded one at a time. A syntax error ends it: there is no next row to go to."""
     text = lines.peek() + lines.stream.read(MAX_ARRAY_CHARS)
     if len(text) > MAX_ARRAY_CHARS:

@@ -34,7 +34,7 @@ def profile(*, speed: bool = True) -> DeviceProfile:
         memory_gb_per_s=bandwidth,
         temperature_c=temperature(),
         battery_percent=float(battery.percent) if battery else None,
-        plugged_in=bool(battery.power_plugged) if battery else None,
+        plugged_in=battery.power_plugged if battery else None,
     )
 
 
@@ -88,7 +88,7 @@ def memory_cgroups(root: Path = Path("/")) -> list[tuple[Path, int]]:
         else:
             continue
         folder = base / path.lstrip("/")
-        if not folder.is_dir():  # inside a container the path is the host's, and the mount is already ours
+        if ".." in folder.parts or not folder.is_dir():  # in a container the path is the host's, the mount already ours
             folder = base
         while folder == base or base in folder.parents:
             found.append((folder, version))

@@ -108,12 +108,20 @@ def make_manifest(
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The manifest's bytes: the same value gives the same bytes."""
+    """The manifest's bytes: the same value gives the same bytes.
+
+    Raises:
+        ModelError: no device would accept it.
+    """
     data = pack(manifest)
     if len(data) > MAX_MANIFEST_BYTES:
         raise ModelError(
             f"the model's manifest has {len(data)} bytes, the limit is {MAX_MANIFEST_BYTES}: fewer labels or tensors"
         )
+    try:
+        decode_manifest(data)
+    except WireError as error:  # rather here than on every device
+        raise ModelError(f"this model cannot be described to devices: {error}") from None
     return data
 
 

@@ -116,6 +116,8 @@ def load_family(name: str) -> Family:
     Raises:
         ModelError: there is no such module, or it lacks a function of `Family`.
     """
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ModelError(f"model family {name!r} cannot be imported: it is no module's name")
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

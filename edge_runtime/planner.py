@@ -30,6 +30,7 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
         "learning_rate": (0, 10),
         "head_learning_rate": (0, 10),
         "weight_decay": (0, 1),
+        "seed": (0, (1 << 63) - 1),
     }
     for name, (low, high) in limits.items():
         value = getattr(settings, name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 from edge_runtime import hardware
 from edge_runtime.budget import memory_budget
@@ -19,25 +18,9 @@ from edge_runtime.local import DataOptions, prepare
 from edge_runtime.manifest import Manifest
 from edge_runtime.model import ModelSpec
 from edge_runtime.planner import cost_table
-from edge_runtime.records import Budget, Bytes, CostRow, Count, DeviceProfile, Name, Range, Seconds, TrainSettings
+from edge_runtime.records import Budget, CostRow, DeviceProfile, TrainSettings
 from edge_runtime.source import Checkpoint, Source
 from edge_runtime.store import BlobStore
-
-
-@dataclass(frozen=True)
-class Offering:
-    """An update that is on disk and not yet committed: what `pending.json` holds."""
-
-    run: Name
-    round: Count
-    nonce: Annotated[str, Range(32, 32)]
-    blob: Annotated[str, Range(64, 64)]
-    num_bytes: Bytes
-    num_examples: Annotated[int, Range(1, 1 << 20)]
-    train_s: Seconds
-    peak_bytes: Bytes
-    first_loss: float
-    last_loss: float
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,7 @@ from typing import IO, Any
 from edge_runtime.errors import StoreError, UsageError
 
 BUFFER_BYTES = 1 << 20
+STALE_S = 3600.0  # no write of one file takes longer
 
 
 @contextlib.contextmanager
@@ -29,7 +31,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StoreError(f"no space left to write {path}: free some, nothing that was stored is lost") from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR):
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise StoreError(f"cannot write {path}: {error.strerror}") from error
         raise
 
@@ -93,16 +95,17 @@ def file_sha256(path: Path) -> bytes:
 
 
 class BlobStore:
-    """Content-addressed files below one folder; `max_bytes` bounds what transfers may add."""
+    """Content-addressed files below one folder."""
 
-    def __init__(self, folder: Path, *, max_bytes: int = 1 << 40) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.max_bytes = max_bytes
         with disk_errors(folder):
             for name in ("blobs", "partial"):
                 (folder / name).mkdir(parents=True, exist_ok=True, mode=0o700)
-            for stale in (folder / "blobs").glob("*/.*"):  # temporary files of a process that was killed
-                stale.unlink(missing_ok=True)
+            for draft in (folder / "blobs").glob("*/.*"):  # of a process that was killed, or of one that is writing now
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - draft.stat().st_mtime > STALE_S:
+                        draft.unlink()
 
     def path(self, blob: bytes) -> Path:
         """Where the blob lies or would lie."""
@@ -121,22 +124,30 @@ class BlobStore:
         """Store bytes; -> their SHA-256."""
         blob = hashlib.sha256(data).digest()
         if not self.has(blob):
-            with atomic_writer(self.path(blob)) as file:
+            with atomic_writer(self._place(blob)) as file:
                 file.write(data)
         return blob
 
     def adopt(self, source: Path) -> bytes:
         """Move a finished file on the same file system into the store; -> its SHA-256. Synced before it is named."""
         blob = file_sha256(source)
-        target = self.path(blob)
+        target = self._place(blob)
         with disk_errors(target):
-            target.parent.mkdir(exist_ok=True, mode=0o700)
             with source.open("rb") as file:
                 os.fsync(file.fileno())
             os.chmod(source, 0o600)
             os.replace(source, target)
             sync_folder(target.parent)
         return blob
+
+    def _place(self, blob: bytes) -> Path:
+        """Where the blob will lie, in a folder that survives a power cut."""
+        target = self.path(blob)
+        with disk_errors(target):
+            if not target.parent.exists():
+                target.parent.mkdir(mode=0o700, exist_ok=True)
+                sync_folder(target.parent.parent)
+        return target
 
     def delete(self, blob: bytes) -> None:
         """Remove a blob and any partial of it; absent is fine."""
@@ -176,10 +187,11 @@ class BlobStore:
         if offset != self.partial_bytes(blob):
             return False
         path = self._partial(blob)
-        with disk_errors(path), path.open("ab") as file:
+        with disk_errors(path), path.open("ab", buffering=0) as file:  # a buffer would be written again by truncate()
+            left = memoryview(data)
             try:
-                file.write(data)
-                file.flush()
+                while left:
+                    left = left[file.write(left) :]
             except OSError:
                 file.truncate(offset)  # a write cut short by a full disk must not pass for progress
                 raise

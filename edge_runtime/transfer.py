@@ -30,6 +30,7 @@ class _Incoming:
     size: int
     asked_to: int  # bytes up to here are here or asked for
     last_progress: float
+    gap_at: int = -1  # where the last gap was seen: the chunks behind a lost one ask for it once, not each
 
 
 class Receiver:
@@ -79,7 +80,7 @@ class Receiver:
         """After a reconnect: nothing that was asked for is on its way any more."""
         for blob, incoming in self._incoming.items():
             incoming.asked_to = self.store.partial_bytes(blob)
-            incoming.last_progress = now
+            incoming.last_progress, incoming.gap_at = now, -1
 
     def accept(self, blob: bytes, offset: int, data: bytes, now: float) -> bool | None:
         """Take a chunk. True: the blob is complete and verified; False: its hash was wrong, it starts again; else None.
@@ -91,7 +92,8 @@ class Receiver:
             return None
         here = self.store.partial_bytes(blob)
         if offset > here:  # a gap: ask again from where we are, once until progress
-            incoming.asked_to = min(incoming.asked_to, here)
+            if incoming.gap_at != here:
+                incoming.asked_to, incoming.gap_at = min(incoming.asked_to, here), here
             return None
         if not self.store.append_partial(blob, offset, data):
             return None
@@ -103,7 +105,7 @@ class Receiver:
         if self.store.finish_partial(blob):
             del self._incoming[blob]
             return True
-        incoming.asked_to = 0
+        incoming.asked_to, incoming.gap_at = 0, -1
         return False
 
     def requests(self, now: float) -> Need | None:
@@ -112,7 +114,7 @@ class Receiver:
         for blob, incoming in self._incoming.items():
             here = self.store.partial_bytes(blob)
             if incoming.asked_to > here and now - incoming.last_progress > self.timeout_s:
-                incoming.asked_to = here
+                incoming.asked_to, incoming.gap_at = here, -1
                 incoming.last_progress = now
             in_flight_bytes += incoming.asked_to - here
             in_flight_chunks += len(list(split(here, incoming.asked_to)))
@@ -162,7 +164,13 @@ class Sender:
             sane = (
                 wanted.start < wanted.end <= self.store.size(wanted.blob) and wanted.end - wanted.start <= CREDIT_BYTES
             )
-            if sane and len(self._pending) < MAX_PENDING_RANGES and wanted not in self._pending:
+            if not sane or wanted in self._pending:
+                continue
+            apart = [
+                p for p in self._pending if p.blob != wanted.blob or p.end <= wanted.start or p.start >= wanted.end
+            ]
+            self._pending = deque(apart)  # what is asked for again replaces what is left of the first time
+            if len(self._pending) < MAX_PENDING_RANGES:
                 self._pending.append(wanted)
         return absent
 

@@ -1,6 +1,8 @@
 """The command line of a fleet: `edge-coordinator init | enroll | serve | broker | devices | runs | models`.
 
-Parses, calls, prints. Every command has `--help` with examples; those that scripts read have `--json`.
+Parses, calls, prints. Every command has `--help` with examples; those that scripts read have `--json`. Not here: what the
+coordinator's events say (`server_log.py`). Imports the coordinator and what it may of the device's side; `serve` and
+`broker` import the loop and the brokers when they run.
 """
 
 from __future__ import annotations
@@ -8,20 +10,30 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
 
 from edge_coordinator.fleet import Fleet, init, labels_of
 from edge_coordinator.methods import METHODS, SUMMARIES
 from edge_coordinator.models import describe_versions
-from edge_runtime.console import note, plain_event, print_json, run_main, table, until_told_to_stop, what_is_trained
+from edge_runtime.console import (
+    INTERRUPTED,
+    Commands,
+    new_parser,
+    note,
+    print_json,
+    run_main,
+    table,
+    until_told_to_stop,
+)
 from edge_runtime.errors import UsageError
-from edge_runtime.planner import mib
 from edge_runtime.store import lock_folder
 from edge_runtime.topics import COORDINATOR, Topics
 from edge_runtime.transport import MqttTransport, Will
+
+_parser = partial(new_parser, exit_codes=(0, 2, 3, 4, 7, 8, 10, INTERRUPTED))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,15 +44,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = _command(
-        None, "edge-coordinator", "Finetune one model over a fleet of small devices, over MQTT.",
-        "edge-coordinator init my-fleet --labels-from texts.csv\nedge-coordinator enroll pi-1 --fleet my-fleet\nedge-coordinator serve --fleet my-fleet\n"
+    top = _parser(
+        None,
+        "edge-coordinator",
+        "Finetune one model over a fleet of small devices, over MQTT.",
+        "edge-coordinator init my-fleet --labels-from texts.csv",
+        "edge-coordinator enroll pi-1 --fleet my-fleet",
+        "edge-coordinator serve --fleet my-fleet",
         "edge-coordinator models --fleet my-fleet --export 11 --out best",
-    )  # fmt: skip
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_init, _add_enroll, _add_serve, _add_broker, _add_devices, _add_runs, _add_models):
+        add(commands)
+    return top
 
-    make = _command(commands, "init", "Make a folder with a commented fleet.toml.",
-                    "edge-coordinator init my-fleet --labels-from texts.csv\nedge-coordinator init my-fleet --model ./my-checkpoint --labels yes,no --method straggler")  # fmt: skip
+
+def _add_init(commands: Commands) -> None:
+    make = _parser(
+        commands,
+        "init",
+        "Make a folder with a commented fleet.toml.",
+        "edge-coordinator init my-fleet --labels-from texts.csv",
+        "edge-coordinator init my-fleet --model ./my-checkpoint --labels yes,no --method straggler",
+    )
     make.add_argument("folder", type=Path)
     make.add_argument("--name", help="of the fleet, part of every topic (default: the folder's name)")
     make.add_argument("--model", default="minilm-l6", help="alias, checkpoint folder or Hugging Face id (%(default)s)")
@@ -60,75 +86,87 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--port", type=int, default=1883, help="of the broker (%(default)s)")
     make.set_defaults(run=run_init)
 
-    enroll = _command(commands, "enroll", "Give devices their credentials, one file each.",
-                      "edge-coordinator enroll pi-1 pi-2 --fleet my-fleet\nedge-coordinator enroll pi-1 --fleet my-fleet --renew --host coordinator.lan")  # fmt: skip
+
+def _add_enroll(commands: Commands) -> None:
+    enroll = _parser(
+        commands,
+        "enroll",
+        "Give devices their credentials, one file each.",
+        "edge-coordinator enroll pi-1 pi-2 --fleet my-fleet",
+        "edge-coordinator enroll pi-1 --fleet my-fleet --renew --host coordinator.lan",
+    )
     enroll.add_argument("device", nargs="+")
     enroll.add_argument("--out", type=Path, help="folder for DEVICE.toml (default: devices/ in the fleet's folder)")
     enroll.add_argument("--host", help="address of the broker as the devices see it")
     enroll.add_argument("--renew", action="store_true", help="replace the secret of a device that is enrolled already")
-    _fleet(enroll)
+    _fleet_flag(enroll)
     enroll.set_defaults(run=run_enroll)
 
-    serve = _command(commands, "serve", "Run the fleet: broker (unless external), rounds, aggregation. Goes on where it stopped.",
-                     "edge-coordinator serve --fleet my-fleet\nedge-coordinator serve --fleet my-fleet --until-finished --json")  # fmt: skip
+
+def _add_serve(commands: Commands) -> None:
+    serve = _parser(
+        commands,
+        "serve",
+        "Run the fleet: broker (unless external), rounds, aggregation. Goes on where it stopped.",
+        "edge-coordinator serve --fleet my-fleet",
+        "edge-coordinator serve --fleet my-fleet --until-finished --json",
+    )
     serve.add_argument("--until-finished", action="store_true", help="end when the run has had its rounds")
-    _fleet(serve)
+    _fleet_flag(serve)
     serve.set_defaults(run=run_serve)
 
-    broker = _command(commands, "broker", "Run only the broker, for [broker] kind = \"external\": the embedded one alone, or Mosquitto with our rules.",
-                      "edge-coordinator broker --fleet my-fleet --kind mosquitto")  # fmt: skip
+
+def _add_broker(commands: Commands) -> None:
+    broker = _parser(
+        commands,
+        "broker",
+        'Run only the broker, for [broker] kind = "external": the embedded one alone, or Mosquitto with our rules.',
+        "edge-coordinator broker --fleet my-fleet --kind mosquitto",
+    )
     broker.add_argument("--kind", choices=("amqtt", "mosquitto"), default="mosquitto", help="(%(default)s)")
-    _fleet(broker)
+    _fleet_flag(broker)
     broker.set_defaults(run=run_broker)
 
-    devices = _command(
+
+def _add_devices(commands: Commands) -> None:
+    devices = _parser(
         commands,
         "devices",
         "List the devices, or refuse one.",
-        "edge-coordinator devices --fleet my-fleet --json\nedge-coordinator devices --fleet my-fleet --revoke pi-1",
+        "edge-coordinator devices --fleet my-fleet --json",
+        "edge-coordinator devices --fleet my-fleet --revoke pi-1",
     )
     devices.add_argument("--revoke", metavar="DEVICE", help="refuse this device from now on")
-    _fleet(devices)
+    _fleet_flag(devices)
     devices.set_defaults(run=run_devices)
 
-    runs = _command(commands, "runs", "List the rounds.", "edge-coordinator runs --fleet my-fleet --json")
-    _fleet(runs)
+
+def _add_runs(commands: Commands) -> None:
+    runs = _parser(commands, "runs", "List the rounds.", "edge-coordinator runs --fleet my-fleet --json")
+    _fleet_flag(runs)
     runs.set_defaults(run=run_runs)
 
-    models = _command(commands, "models", "List the model versions, or write one as a checkpoint folder.",
-                      "edge-coordinator models --fleet my-fleet\nedge-coordinator models --fleet my-fleet --export 11 --out best")  # fmt: skip
+
+def _add_models(commands: Commands) -> None:
+    models = _parser(
+        commands,
+        "models",
+        "List the model versions, or write one as a checkpoint folder.",
+        "edge-coordinator models --fleet my-fleet",
+        "edge-coordinator models --fleet my-fleet --export 11 --out best",
+    )
     models.add_argument("--export", type=int, metavar="VERSION", help="write this version to --out")
     models.add_argument("--out", type=Path)
-    _fleet(models)
+    _fleet_flag(models)
     models.set_defaults(run=run_models)
-    return top
 
 
-def _command(commands: Any, name: str, what: str, examples: str) -> argparse.ArgumentParser:
-    text = (
-        "examples:\n  "
-        + examples.replace("\n", "\n  ")
-        + "\n\nexit codes: 0 done, 2 usage, 3 data, 4 model, 7 connection, 8 extra missing, 10 storage, 130 stopped"
-    )
-    options: dict[str, Any] = {
-        "description": what,
-        "epilog": text,
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-    }
-    made: argparse.ArgumentParser = (
-        commands.add_parser(name, help=what, **options) if commands else argparse.ArgumentParser(name, **options)
-    )
-    if commands:
-        made.add_argument("--json", action="store_true", help="print JSON for scripts")
-    return made
-
-
-def _fleet(command: argparse.ArgumentParser) -> None:
+def _fleet_flag(command: argparse.ArgumentParser) -> None:
     command.add_argument("--fleet", type=Path, default=Path(), help="the fleet's folder (default: this one)")
 
 
 def run_init(args: argparse.Namespace) -> int:
-    """init"""
+    """Make the fleet's folder and its fleet.toml, with the classes from --labels or a labelled file."""
     labels: Sequence[str] = [label.strip() for label in args.labels.split(",")] if args.labels else ()
     if args.labels_from:
         labels = labels_of(args.labels_from, args.text_column, args.label_column)
@@ -147,7 +185,7 @@ def run_init(args: argparse.Namespace) -> int:
 
 
 def run_enroll(args: argparse.Namespace) -> int:
-    """enroll"""
+    """Enrol each device and write the file that lets it in."""
     fleet = Fleet(args.fleet)
     for device in args.device:
         out = (args.out or args.fleet / "devices") / f"{device}.toml"
@@ -160,12 +198,13 @@ def run_enroll(args: argparse.Namespace) -> int:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    """serve"""
+    """Run the embedded broker, unless it is external, and the rounds until told to stop."""
     from edge_coordinator.broker import EmbeddedBroker
     from edge_coordinator.server import Server
+    from edge_coordinator.server_log import ServerLog
 
     fleet = Fleet(args.fleet)
-    log = EventLog(args.json)
+    log = print_json if args.json else ServerLog()
     with lock_folder(args.fleet, "a coordinator"), until_told_to_stop() as keep_going:
         models = fleet.models(note)
         section = fleet.config.broker
@@ -180,8 +219,8 @@ def run_serve(args: argparse.Namespace) -> int:
             server = Server(
                 fleet.config, fleet.ledger, models, _transport(fleet, host, broker.port if broker else port), log
             )
-            log({"event": "serving", "realm": fleet.config.realm, "host": host, "port": broker.port if broker else port, "epoch": server.epoch,
-                 "broker": section.kind, "model_version": server.manifest.version})  # fmt: skip
+            log({"event": "serving", "realm": fleet.config.realm, "host": host, "port": broker.port if broker else port, "epoch": server.run.epoch,
+                 "broker": section.kind, "model_version": server.run.manifest.version})  # fmt: skip
             server.serve(keep_going, until_finished=args.until_finished)
         finally:
             if broker:
@@ -202,7 +241,7 @@ def _transport(fleet: Fleet, host: str, port: int) -> MqttTransport:
 
 def run_broker(args: argparse.Namespace) -> int:
     """broker"""
-    from edge_coordinator import broker as embedded
+    from edge_coordinator.broker import EmbeddedBroker, run
     from edge_coordinator.mosquitto import MosquittoProcess, write_config, write_passwords
 
     fleet = Fleet(args.fleet)
@@ -216,7 +255,8 @@ def run_broker(args: argparse.Namespace) -> int:
     if args.kind == "amqtt":
         certfile, keyfile = fleet.certificate()
         address = (section.host, section.port, fleet.config.realm, fleet.lookup())
-        embedded.run(*address, certfile=certfile, keyfile=keyfile, on_ready=lambda b: ready(b.port))
+        broker = EmbeddedBroker(*address, certfile=certfile, keyfile=keyfile)
+        run(broker, on_ready=lambda: ready(broker.port))
         return 0
     folder = args.fleet / "mosquitto"
     users = fleet.users()
@@ -241,7 +281,7 @@ def run_broker(args: argparse.Namespace) -> int:
 
 
 def run_devices(args: argparse.Namespace) -> int:
-    """devices"""
+    """List the devices as the ledger knows them; with --revoke refuse one first."""
     fleet = Fleet(args.fleet)
     if args.revoke:
         fleet.ledger.revoke(args.revoke)
@@ -257,7 +297,7 @@ def run_devices(args: argparse.Namespace) -> int:
 
 
 def run_runs(args: argparse.Namespace) -> int:
-    """runs"""
+    """List the rounds of every run."""
     rows = Fleet(args.fleet).ledger.rounds()
     if args.json:
         print_json(rows)
@@ -268,7 +308,7 @@ def run_runs(args: argparse.Namespace) -> int:
 
 
 def run_models(args: argparse.Namespace) -> int:
-    """models"""
+    """List the model versions; with --export write one as a checkpoint folder instead."""
     fleet = Fleet(args.fleet)
     if args.export is not None:
         if args.out is None:
@@ -292,39 +332,6 @@ def run_models(args: argparse.Namespace) -> int:
 
 def _when(seconds: float | None) -> str:
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S") if seconds else "-"
-
-
-class EventLog:
-    """The coordinator's events: JSON lines for scripts, short lines for people."""
-
-    LINES: ClassVar[dict[str, Callable[[dict[str, Any]], str]]] = {
-        "serving": lambda e: f"serving fleet {e['realm']} on {e['host']}:{e['port']} ({e['broker']} broker), model {e['model_version']}; stop with Ctrl-C",
-        "round-opened": lambda e: f"round {e['round']}: waiting for devices",
-        "joined": lambda e: f"round {e['round']}: {e['device']} joins with {e['num_examples']} examples and {mib(e['budget_bytes'])}",
-        "unable": lambda e: f"round {e['round']}: {e['device']} cannot take part: {e['reason']}",
-        "granted": lambda e: f"round {e['round']}: {e['device']} trains {what_is_trained(e['depth'])}, at most {mib(e['peak_bytes'])}",
-        "committed": lambda e: f"round {e['round']}: {e['device']}'s update is in ({mib(e['num_bytes'])}, loss {e['first_loss']:.3f} -> {e['last_loss']:.3f}, {e['train_s']:.0f} s, {mib(e['peak_bytes'])})",
-        "round-published": lambda e: f"round {e['round']}: model {e['model_version']} from {len(e['members'])} devices, mean loss {e['mean_loss']:.3f}",
-        "round-failed": lambda e: f"round {e['round']} failed: {e['reason']}",
-        "run-finished": lambda e: f"run {e['run']} is finished: model {e['model_version']}",
-    }  # fmt: skip
-
-    def __init__(self, as_json: bool) -> None:
-        self._json = as_json
-        self._states: dict[str, str] = {}
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        """Show one event."""
-        if self._json:
-            print_json(event)
-            return
-        kind = event["event"]
-        if kind == "status":
-            if self._states.get(event["device"]) != event["state"]:
-                self._states[event["device"]] = event["state"]
-                note(f"{event['device']} is {event['state']}")
-            return
-        note(self.LINES.get(kind, plain_event)(event))
 
 
 if __name__ == "__main__":

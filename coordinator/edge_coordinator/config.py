@@ -6,6 +6,7 @@ Imports the runtime's records; opens no network and no ledger.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,14 +86,15 @@ def load_config(folder: Path) -> FleetConfig:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} is missing: make one with `edge-coordinator init {folder}`") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {error}") from None
     unknown = set(raw) - {"fleet", "model", "run", "train", "broker"}
     if unknown:
         raise UsageError(
             f"{path}: unknown section [{sorted(unknown)[0]}]; there are [fleet], [model], [run], [train], [broker]"
         )
-    realm = raw.get("fleet", {}).get("name")
+    fleet = raw.get("fleet")
+    realm = fleet.get("name") if isinstance(fleet, dict) else None
     if not isinstance(realm, str):
         raise UsageError(f"{path}: [fleet] needs a name")
     config = FleetConfig(
@@ -121,10 +123,11 @@ def _section(cls: type[Any], raw: dict[str, Any], name: str, path: Path) -> Any:
             if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
                 raise UsageError(f"{path}: [{name}] {key} must be a list of texts")
             value = tuple(value)
-        elif wanted is float and type(value) is int:
+        elif wanted is float and type(value) is int and abs(value) < 1 << 53:
             value = float(value)
-        if type(value) is not wanted:
-            raise UsageError(f"{path}: [{name}] {key} must be {wanted.__name__}, it is {value!r}")
+        if type(value) is not wanted or (isinstance(value, float) and not math.isfinite(value)):
+            kind = "a finite number" if wanted is float else wanted.__name__
+            raise UsageError(f"{path}: [{name}] {key} must be {kind}, it is {value!r}")
         found[key] = value
     return cls(**found)
 
@@ -140,10 +143,13 @@ def _check(config: FleetConfig, path: Path) -> None:
         raise UsageError(f"{path}: [run] wants 1 <= quorum <= goal <= 2000, they are {run.quorum} and {run.goal}")
     if not 1 <= run.rounds <= 100_000 or not 1 <= run.overselection <= 10:
         raise UsageError(f"{path}: [run] rounds must be 1 to 100000 and overselection 1 to 10")
-    if min(run.join_timeout_s, run.report_timeout_s) <= 0 or run.pause_s < 0:
-        raise UsageError(f"{path}: [run] timeouts must be above 0 seconds")
+    for key in ("join_timeout_s", "report_timeout_s", "pause_s"):
+        if not (0 if key == "pause_s" else 1e-3) <= getattr(run, key) <= 1e9:
+            raise UsageError(f"{path}: [run] {key} must be above 0 and below 1e9 seconds, it is {getattr(run, key)}")
     if len(model.labels) < 2 or len(set(model.labels)) != len(model.labels):
         raise UsageError(f"{path}: [model] labels must name at least two different classes")
+    if len(model.labels) > 4096 or max(map(len, model.labels)) > 200:
+        raise UsageError(f"{path}: [model] labels may be 4096 classes, each of at most 200 characters")
     if config.broker.kind not in ("embedded", "external"):
         raise UsageError(f"{path}: [broker] kind must be embedded or external, it is {config.broker.kind!r}")
     if not 0 <= config.broker.port <= 65535:

@@ -16,7 +16,7 @@ from edge_coordinator.config import CONFIG_FILE, TEMPLATE, FleetConfig, load_con
 from edge_coordinator.ledger import Ledger
 from edge_coordinator.methods import METHODS
 from edge_coordinator.models import Models
-from edge_coordinator.secrets import hash_secret, new_secret
+from edge_coordinator.secrets import hash_secret, new_secret, verify_secret
 from edge_runtime.credentials import Credentials, format_credentials, toml_text
 from edge_runtime.data import read_examples
 from edge_runtime.errors import UsageError
@@ -120,8 +120,7 @@ class Fleet:
         if not path.exists():
             with atomic_writer(path) as file:
                 file.write(new_secret().encode())
-            self.ledger.put("coordinator_secret", hash_secret(self.secret()))
-        if self.ledger.get("coordinator_secret") is None:  # killed between the two
+        if not verify_secret(self.secret(), self.ledger.get("coordinator_secret") or ""):  # new, or killed between the two
             self.ledger.put("coordinator_secret", hash_secret(self.secret()))
 
 

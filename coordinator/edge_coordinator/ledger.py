@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,17 @@ class ModelRow:
     metrics: Mapping[str, Any]
 
 
+@contextlib.contextmanager
+def _sqlite_errors() -> Iterator[None]:
+    """SQLite's errors as ours, but for a second row under one key: that is the caller's business."""
+    try:
+        yield
+    except sqlite3.IntegrityError:
+        raise
+    except sqlite3.Error as error:
+        raise StoreError(f"the ledger cannot be read or written: {error}") from error
+
+
 class Ledger:
     """The database of one fleet."""
 
@@ -91,16 +102,25 @@ class Ledger:
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
-            self._db.executescript(SCHEMA)
-            found = self.get("schema")
-            if found is None:
-                self.put("schema", str(VERSION))
-            elif found != str(VERSION):
-                raise StoreError(
-                    f"{path} is of schema {found}, this coordinator writes {VERSION}: use the version that made it"
-                )
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise StoreError(f"cannot open the ledger {path}: {error}") from None
+        try:
+            self._prepare(path)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _prepare(self, path: Path) -> None:
+        known = self._rows("SELECT name FROM sqlite_master WHERE name = 'meta'")
+        found = self.get("schema") if known else str(VERSION)
+        if found not in (None, str(VERSION)):
+            raise StoreError(
+                f"{path} is of schema {found}, this coordinator writes {VERSION}: use the version that made it"
+            )
+        with _sqlite_errors():
+            self._db.executescript(SCHEMA)
+        if self.get("schema") is None:
+            self.put("schema", str(VERSION))
 
     def close(self) -> None:
         """Release the file."""
@@ -113,29 +133,36 @@ class Ledger:
         Raises:
             StoreError: the disk is full or the file is damaged; nothing of the transaction remains.
         """
+        self._write("BEGIN IMMEDIATE")
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
-            raise StoreError(f"the ledger cannot be written: {error}") from error
+            yield
+            self._write("COMMIT")
+        except BaseException as error:
+            if self._db.in_transaction:  # SQLite has rolled back by itself where the disk was full
+                self._write("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise StoreError(f"the ledger cannot be written: {error}") from error
+            raise
+
+    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        with _sqlite_errors():
+            return self._db.execute(query, values).fetchall()
+
+    def _write(self, statement: str, values: Sequence[Any] = ()) -> int:
+        """-> the number of rows changed."""
+        with _sqlite_errors():
+            return self._db.execute(statement, values).rowcount
 
     # meta
 
     def get(self, key: str) -> str | None:
         """A single value."""
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return row["value"] if row else None
+        rows = self._rows("SELECT value FROM meta WHERE key = ?", (key,))
+        return rows[0]["value"] if rows else None
 
     def put(self, key: str, value: str) -> None:
         """Set a single value."""
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+        self._write("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
     # devices
 
@@ -146,7 +173,7 @@ class Ledger:
             UsageError: it is enrolled already.
         """
         try:
-            self._db.execute(
+            self._write(
                 "INSERT INTO devices (device, secret, enrolled_at) VALUES (?, ?, ?)", (device, secret_hash, now)
             )
         except sqlite3.IntegrityError:
@@ -156,29 +183,27 @@ class Ledger:
 
     def renew(self, device: str, secret_hash: str) -> None:
         """Give a device another secret, and lift a revocation."""
-        if not self._db.execute(
-            "UPDATE devices SET secret = ?, revoked = 0 WHERE device = ?", (secret_hash, device)
-        ).rowcount:
+        if not self._write("UPDATE devices SET secret = ?, revoked = 0 WHERE device = ?", (secret_hash, device)):
             raise UsageError(f"there is no device {device}: see `edge-coordinator devices`")
 
     def revoke(self, device: str) -> None:
         """Refuse a device from now on."""
-        if not self._db.execute("UPDATE devices SET revoked = 1 WHERE device = ?", (device,)).rowcount:
+        if not self._write("UPDATE devices SET revoked = 1 WHERE device = ?", (device,)):
             raise UsageError(f"there is no device {device}: see `edge-coordinator devices`")
 
     def secret(self, device: str) -> str | None:
         """The stored hash of a device that may connect."""
-        row = self._db.execute("SELECT secret FROM devices WHERE device = ? AND revoked = 0", (device,)).fetchone()
-        return row["secret"] if row else None
+        rows = self._rows("SELECT secret FROM devices WHERE device = ? AND revoked = 0", (device,))
+        return rows[0]["secret"] if rows else None
 
     def devices(self) -> list[dict[str, Any]]:
         """Every device, without its secret."""
-        rows = self._db.execute("SELECT * FROM devices ORDER BY device")
+        rows = self._rows("SELECT * FROM devices ORDER BY device")
         return [{k: v for k, v in dict(row).items() if k != "secret"} for row in rows]
 
     def seen(self, device: str, state: str, model_version: int, software: str, now: float) -> None:
         """Note what a device last said of itself."""
-        self._db.execute(
+        self._write(
             "UPDATE devices SET last_seen = ?, state = ?, model_version = ?, software = ? WHERE device = ?",
             (now, state, model_version, software, device),
         )
@@ -189,13 +214,13 @@ class Ledger:
         self, version: int, manifest: bytes, run: str, round_: int, metrics: Mapping[str, Any], now: float
     ) -> None:
         """Publish a version; the same one twice is an error of ours."""
-        self._db.execute(
+        self._write(
             "INSERT INTO models VALUES (?, ?, ?, ?, ?, ?)", (version, manifest, run, round_, now, json.dumps(metrics))
         )
 
     def models(self) -> list[ModelRow]:
         """All versions, oldest first."""
-        rows = self._db.execute("SELECT * FROM models ORDER BY version")
+        rows = self._rows("SELECT * FROM models ORDER BY version")
         return [
             ModelRow(r["version"], r["manifest"], r["run"], r["round"], r["created_at"], json.loads(r["metrics"]))
             for r in rows
@@ -210,7 +235,7 @@ class Ledger:
 
     def open_round(self, run: str, number: int, base_version: int, deadline: float, now: float) -> None:
         """A new round in state joining."""
-        self._db.execute(
+        self._write(
             "INSERT INTO rounds (run, round, state, base_version, deadline, opened_at) VALUES (?, ?, 'joining', ?, ?, ?)",
             (run, number, base_version, deadline, now),
         )
@@ -221,26 +246,26 @@ class Ledger:
         """Compare and set a round's state; False if it was not in `old`."""
         closed = now if new in ("published", "failed") else None
         return bool(
-            self._db.execute(
+            self._write(
                 "UPDATE rounds SET state = ?, deadline = ?, closed_at = ?, reason = ? WHERE run = ? AND round = ? AND state = ?",
                 (new, deadline, closed, reason, run, number, old),
-            ).rowcount
+            )
         )
 
     def extend_round(self, run: str, number: int, deadline: float) -> None:
         """After the coordinator was away: the phase gets its time again."""
-        self._db.execute(
+        self._write(
             "UPDATE rounds SET deadline = MAX(deadline, ?) WHERE run = ? AND round = ?", (deadline, run, number)
         )
 
     def last_round(self, run: str) -> dict[str, Any] | None:
         """The newest round of a run."""
-        row = self._db.execute("SELECT * FROM rounds WHERE run = ? ORDER BY round DESC LIMIT 1", (run,)).fetchone()
-        return dict(row) if row else None
+        rows = self._rows("SELECT * FROM rounds WHERE run = ? ORDER BY round DESC LIMIT 1", (run,))
+        return dict(rows[0]) if rows else None
 
     def rounds(self, run: str | None = None) -> list[dict[str, Any]]:
         """All rounds with their counts, oldest first."""
-        rows = self._db.execute(
+        rows = self._rows(
             "SELECT r.*, (SELECT COUNT(*) FROM members m WHERE m.run = r.run AND m.round = r.round) AS members,"
             " (SELECT COUNT(*) FROM contributions c WHERE c.run = r.run AND c.round = r.round) AS committed"
             " FROM rounds r WHERE ? IS NULL OR r.run = ? ORDER BY r.opened_at",
@@ -252,14 +277,14 @@ class Ledger:
 
     def set_member(self, run: str, number: int, member: Member) -> None:
         """Add or replace a member."""
-        self._db.execute(
+        self._write(
             "INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (run, number, member.device, member.status, member.join_message, member.nonce, member.plan, member.reason),
         )
 
     def members(self, run: str, number: int) -> dict[str, Member]:
         """The cohort by device, in order of their names."""
-        rows = self._db.execute("SELECT * FROM members WHERE run = ? AND round = ? ORDER BY device", (run, number))
+        rows = self._rows("SELECT * FROM members WHERE run = ? AND round = ? ORDER BY device", (run, number))
         return {
             r["device"]: Member(r["device"], r["status"], r["join_message"], r["nonce"], r["plan"], r["reason"])
             for r in rows
@@ -268,17 +293,15 @@ class Ledger:
     def contribute(self, run: str, number: int, item: Contribution, now: float) -> bool:
         """Commit an update; False if this device's is in already."""
         return bool(
-            self._db.execute(
+            self._write(
                 "INSERT OR IGNORE INTO contributions VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0)",
                 (run, number, item.device, item.blob, item.num_examples, item.depth, json.dumps(item.metrics), now),
-            ).rowcount
+            )
         )
 
     def contributions(self, run: str, number: int) -> dict[str, Contribution]:
         """Committed updates by device."""
-        rows = self._db.execute(
-            "SELECT * FROM contributions WHERE run = ? AND round = ? ORDER BY device", (run, number)
-        )
+        rows = self._rows("SELECT * FROM contributions WHERE run = ? AND round = ? ORDER BY device", (run, number))
         return {
             r["device"]: Contribution(
                 r["device"], r["blob"], r["num_examples"], r["depth"], json.loads(r["metrics"]), bool(r["folded"])
@@ -290,25 +313,25 @@ class Ledger:
 
     def partial(self, run: str, number: int) -> tuple[bytes, dict[str, int], list[str]] | None:
         """-> (blob of the sums, weight of each tensor, the devices in it)."""
-        row = self._db.execute("SELECT * FROM partials WHERE run = ? AND round = ?", (run, number)).fetchone()
-        return (row["blob"], json.loads(row["weights"]), json.loads(row["members"])) if row else None
+        rows = self._rows("SELECT * FROM partials WHERE run = ? AND round = ?", (run, number))
+        return (rows[0]["blob"], json.loads(rows[0]["weights"]), json.loads(rows[0]["members"])) if rows else None
 
     def set_partial(self, run: str, number: int, blob: bytes, weights: Mapping[str, int], members: list[str]) -> None:
         """The sum, its weights and its members, and that they are folded: call within one transaction."""
-        self._db.execute(
+        self._write(
             "INSERT OR REPLACE INTO partials VALUES (?, ?, ?, ?, ?)",
             (run, number, blob, json.dumps(weights), json.dumps(members)),
         )
-        self._db.executemany(
-            "UPDATE contributions SET folded = 1 WHERE run = ? AND round = ? AND device = ?",
-            [(run, number, d) for d in members],
-        )
+        for device in members:
+            self._write(
+                "UPDATE contributions SET folded = 1 WHERE run = ? AND round = ? AND device = ?", (run, number, device)
+            )
 
     def live_blobs(self) -> set[bytes]:
         """Blobs of contributions not yet folded and of partial sums, of rounds that are still open."""
         open_rounds = "(SELECT run, round FROM rounds WHERE state NOT IN ('published', 'failed'))"
         rows = [
-            *self._db.execute(f"SELECT blob FROM contributions WHERE folded = 0 AND (run, round) IN {open_rounds}"),
-            *self._db.execute(f"SELECT blob FROM partials WHERE (run, round) IN {open_rounds}"),
+            *self._rows(f"SELECT blob FROM contributions WHERE folded = 0 AND (run, round) IN {open_rounds}"),
+            *self._rows(f"SELECT blob FROM partials WHERE (run, round) IN {open_rounds}"),
         ]
         return {row["blob"] for row in rows}

@@ -10,31 +10,34 @@ tests/coordinator/test_broker.py):
 - a device may retain messages on any topic below its own `up/`, and messages of QoS 0 for a client that does not read
   are bounded by their number only: `memory_limit` is the bound, for all clients together.
 
-Imports `access` and `edge_runtime`; the command line and tests import it.
+Imports `access`, `packets` and `edge_runtime`; the command line and tests import it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pwd
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from edge_coordinator import access
+from edge_coordinator.packets import HEADER_BYTES
 from edge_runtime.errors import UsageError
 from edge_runtime.transport import MAX_MESSAGE_BYTES
 
 CONFIG, PASSWORDS, ACL, LOG = "mosquitto.conf", "passwords", "acl", "mosquitto.log"
-HEADER_BYTES = 512  # max_packet_size counts the whole packet: room for a topic and a packet id
 START_S = 10.0
 STOP_S = 5.0
+PR_SET_PDEATHSIG = 1  # prctl(2)
 _HASH = re.compile(r"\$7\$[0-9]{1,7}\$[A-Za-z0-9+/=]{1,64}\$[A-Za-z0-9+/=]{88}")
 
 # max_queued_* count per client what is above the messages in flight. The coordinator is one client and takes what all
@@ -119,7 +122,7 @@ def write_config(
         tls=tls,
         user=f"user {pwd.getpwuid(0).pw_name}\n" if os.geteuid() == 0 else "",
         max_connections=max_connections,
-        max_packet_bytes=max_message_bytes + HEADER_BYTES,
+        max_packet_bytes=max_message_bytes + HEADER_BYTES,  # the whole packet counts
         memory_limit_bytes=memory_limit_bytes,
     )
     acl = access.mosquitto_acl(realm)
@@ -149,7 +152,7 @@ def write_passwords(folder: Path, users: Iterable[tuple[str, str]]) -> None:
 
 
 class MosquittoProcess:
-    """A Mosquitto that lives and dies with this object's `start` and `stop`; its log is `mosquitto.log`."""
+    """A Mosquitto that lives from `start` to `stop` and on Linux not longer than us; its log is `mosquitto.log`."""
 
     def __init__(self, folder: Path) -> None:
         """Names the folder that `write_config` filled."""
@@ -169,6 +172,9 @@ class MosquittoProcess:
     def start(self) -> None:
         """Starts it and returns once clients can connect.
 
+        Call it from a thread that lives as long as Mosquitto shall: on Linux it is killed when that thread ends, in
+        whatever way, even by SIGKILL.
+
         Raises:
             UsageError: it runs already, is not installed, or ended at once, for example because the port is in use.
         """
@@ -184,6 +190,7 @@ class MosquittoProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                preexec_fn=_end_with_parent(),
             )
         deadline_s = time.monotonic() + START_S
         while " running\n" not in (text := log.read_text(errors="replace")):
@@ -217,6 +224,22 @@ class MosquittoProcess:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """What a child runs before it becomes Mosquitto: the kernel kills it when the thread that started it has ended."""
+    if not sys.platform.startswith("linux"):
+        return None
+    parent = os.getpid()
+    prctl = ctypes.CDLL(None).prctl
+    arguments = PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL)
+
+    def set_signal() -> None:  # after fork: nothing here may take a lock
+        prctl(*arguments)
+        if os.getppid() != parent:  # it ended meanwhile
+            os._exit(1)
+
+    return set_signal
 
 
 def _tls_lines(certfile: Path, keyfile: Path) -> str:

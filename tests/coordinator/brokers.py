@@ -70,7 +70,7 @@ class RunningBroker:
             self._start_amqtt()
             return
         for attempt in range(5):
-            port = self.port or _free_port()
+            port = self.port or free_port()
             write_config(self.folder, users=self._users.items(), port=port, **self._config)
             try:
                 self._mosquitto.start()
@@ -306,7 +306,8 @@ def logged_in(port: int, user: str, secret: str, **changes: Any) -> Iterator[Raw
         yield client
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on, for now."""
     with socket.create_server((HOST, 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
@@ -323,11 +324,8 @@ def _serve(folder: Path) -> None:
         sys.stdin.read()
         os._exit(1)
 
-    def ready(broker: EmbeddedBroker) -> None:
-        print(broker.port, flush=True)
-
     threading.Thread(target=watch_parent, daemon=True).start()
-    run(
+    broker = EmbeddedBroker(
         HOST,
         config["port"],
         config["realm"],
@@ -336,8 +334,8 @@ def _serve(folder: Path) -> None:
         max_connections=int(config.get("max_connections", 1024)),
         certfile=Path(config["certfile"]) if "certfile" in config else None,
         keyfile=Path(config["keyfile"]) if "keyfile" in config else None,
-        on_ready=ready,
     )
+    run(broker, on_ready=lambda: print(broker.port, flush=True))
 
 
 if __name__ == "__main__":

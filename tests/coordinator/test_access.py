@@ -16,9 +16,9 @@ from edge_coordinator.access import (
     may,
     may_retain,
     mosquitto_acl,
-    parse_connect,
-    parse_packet,
 )
+from edge_coordinator.packets import connect_packet as written
+from edge_coordinator.packets import parse_connect, parse_packet
 from edge_runtime.errors import UsageError, WireError
 from edge_runtime.topics import COORDINATOR
 from tests.coordinator.brokers import RunningBroker, broker_kinds, connect_packet, logged_in, start_broker, text
@@ -171,6 +171,12 @@ def test_connect_packets_of_every_length_are_read_or_refused() -> None:
             parse_connect(whole[:length])
     with pytest.raises(WireError):
         parse_connect(whole + b"x")
+
+
+@pytest.mark.parametrize("will", [None, ("fl/1/farm/d/dev-a/up/st", b"off", True), ("x", bytes(20_000), False)])
+def test_a_connect_packet_is_written_as_it_is_read(will: tuple[str, bytes, bool] | None) -> None:
+    packet = connect_packet("dev-a", "s", will=will, keepalive_s=300)
+    assert written(parse_connect(packet[packet.index(b"\0\4MQTT") :])) == packet
 
 
 def test_no_bytes_make_the_packet_reader_raise_anything_but_wire_error() -> None:

@@ -1,4 +1,7 @@
-"""Both brokers over real sockets: log-in, limits and clients that misbehave. The rules of topics: test_access.py."""
+"""Both brokers over real sockets: log-in, limits and clients that misbehave.
+
+The rules of topics: test_access.py; Mosquitto's files and process: test_mosquitto.py.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import shutil
 import signal
 import socket
 import ssl
-import stat
 import subprocess
 import threading
 import time
@@ -18,11 +20,10 @@ from typing import Any
 
 import pytest
 
-from edge_coordinator import broker as embedded
-from edge_coordinator import mosquitto
+from edge_coordinator import connection, gate
 from edge_coordinator.access import MAX_RETAINED_BYTES
-from edge_coordinator.broker import DEVICE_FILTERS, EmbeddedBroker
-from edge_coordinator.mosquitto import MosquittoProcess, write_config
+from edge_coordinator.broker import EmbeddedBroker
+from edge_coordinator.gate import DEVICE_FILTERS
 from edge_coordinator.secrets import hash_secret
 from edge_runtime.errors import UsageError
 from edge_runtime.topics import COORDINATOR
@@ -459,7 +460,7 @@ def test_devices_wait_for_a_coordinator_that_reads_slowly_and_nothing_is_lost(st
 
 
 def test_when_all_clients_together_hold_too_much_those_with_most_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "TOTAL_BACKLOG_BYTES", 3 << 20)
+    monkeypatch.setattr(gate, "TOTAL_BACKLOG_BYTES", 3 << 20)
     with (
         EmbeddedBroker(HOST, 0, REALM, HASHED.get) as broker,
         logged_in(broker.port, COORDINATOR, "sc") as coordinator,
@@ -475,8 +476,8 @@ def test_when_all_clients_together_hold_too_much_those_with_most_are_dropped(mon
 
 
 def test_a_client_that_takes_nothing_for_long_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "STALLED_S", 1.0)
-    monkeypatch.setattr(embedded, "DEVICE_BACKLOG_BYTES", 64 << 20)
+    monkeypatch.setattr(connection, "STALLED_S", 1.0)
+    monkeypatch.setattr(gate, "DEVICE_BACKLOG_BYTES", 64 << 20)
     with (
         EmbeddedBroker(HOST, 0, REALM, HASHED.get) as broker,
         logged_in(broker.port, COORDINATOR, "sc") as coordinator,
@@ -637,66 +638,6 @@ def test_drop_ends_a_revoked_users_connection() -> None:
         broker.drop("dev-a")
         broker.drop("nobody")
         assert client.hung_up()
-
-
-# --- Mosquitto's files and process
-
-
-def test_mosquittos_files_are_private_complete_and_replaced_as_a_whole(tmp_path: Path) -> None:
-    config = write_config(tmp_path / "a folder", REALM, HASHED.items(), port=1884, max_message_bytes=1000)
-    folder = config.parent
-    for name in ("mosquitto.conf", "passwords", "acl"):
-        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
-    assert "allow_anonymous false\n" in config.read_text() and "max_packet_size 1512\n" in config.read_text()
-    before = (folder / "passwords").read_text()
-    with pytest.raises(UsageError):
-        write_config(folder, REALM, [("dev-a", "no hash")])
-    assert (folder / "passwords").read_text() == before
-    assert sorted(os.listdir(folder)) == ["acl", "mosquitto.conf", "passwords"]
-
-
-@pytest.mark.parametrize("user", ["", "a:b", "a\nroot", "+", "Ä"])
-def test_a_user_name_that_could_break_the_password_file_is_refused(tmp_path: Path, user: str) -> None:
-    with pytest.raises(UsageError):
-        write_config(tmp_path, REALM, [(user, HASHED["dev-a"])])
-
-
-@pytest.mark.parametrize("host", ["", "a b", "127.0.0.1\nallow_anonymous true"])
-def test_a_host_that_could_break_the_configuration_is_refused(tmp_path: Path, host: str) -> None:
-    with pytest.raises(UsageError):
-        write_config(tmp_path, REALM, [], host=host)
-
-
-def test_without_the_program_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mosquitto, "find_mosquitto", lambda: None)
-    write_config(tmp_path, REALM, [])
-    with pytest.raises(UsageError, match="apt-get install mosquitto"):
-        MosquittoProcess(tmp_path).start()
-
-
-needs_mosquitto = pytest.mark.skipif("mosquitto" not in broker_kinds(), reason="mosquitto is not installed")
-
-
-@needs_mosquitto
-def test_mosquitto_on_a_port_in_use_is_a_usage_error(tmp_path: Path) -> None:
-    with socket.create_server((HOST, 0)) as taken:
-        write_config(tmp_path, REALM, HASHED.items(), port=taken.getsockname()[1])
-        process = MosquittoProcess(tmp_path)
-        with pytest.raises(UsageError, match="in use"):
-            process.start()
-        assert not process.running
-        process.stop()
-
-
-@needs_mosquitto
-def test_mosquitto_disconnects_a_revoked_user_on_reload(tmp_path: Path) -> None:
-    broker = start_broker("mosquitto", REALM, USERS, tmp_path)
-    with logged_in(broker.port, "dev-a", "sa") as client, logged_in(broker.port, "dev-b", "sb") as other:
-        broker.set_users({user: secret for user, secret in USERS.items() if user != "dev-a"})
-        assert client.hung_up()
-        assert other.ping()
-    broker.stop()
-    broker.stop()
 
 
 def test_a_child_broker_ends_on_sigterm(kind: str, start: Start) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime import data
 from edge_runtime.data import BadRow, Example, iter_texts, read_examples
 from edge_runtime.errors import DataError, UsageError
+from edge_runtime.lines import MAX_ROW_CHARS
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
@@ -254,7 +254,7 @@ def test_text_and_label_from_one_column_is_a_usage_error(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
 def test_a_row_above_the_bound_is_skipped_and_the_next_one_read(tmp_path: Path, name: str) -> None:
-    huge = "h" * (data.MAX_ROW_CHARS + 10)
+    huge = "h" * (MAX_ROW_CHARS + 10)
     if name == "a.csv":
         content = f"text,label\n{huge},x\nnext,y\n"
     else:
@@ -341,7 +341,7 @@ def test_iter_texts_hands_on_a_line_from_a_pipe_before_the_next_is_written() -> 
 
 
 def test_iter_texts_refuses_an_endless_line(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.txt", b"short\n" + b"a" * (data.MAX_ROW_CHARS + 1))
+    path = write(tmp_path, "a.txt", b"short\n" + b"a" * (MAX_ROW_CHARS + 1))
     texts = iter_texts(path)
     assert next(texts) == "short"
     with pytest.raises(DataError, match=r"a\.txt, line 2 is longer than"):

@@ -169,9 +169,10 @@ class Fleet:
     def finished(self) -> bool:
         """The run is over and every device holds the final model."""
         done = self.events("coordinator", "run-finished")
-        return bool(done) and all(
-            any(e["model_version"] == done[-1]["model_version"] for e in self.events(d, "model")) for d in self.devices
-        )
+        if not done:
+            return False
+        held = {event["device"]: event["model_version"] for event in self.events("coordinator", "status")}
+        return all(held.get(device) == done[-1]["model_version"] for device in self.devices)
 
     def last_words(self) -> str:
         """The end of every log."""

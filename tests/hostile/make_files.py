@@ -187,7 +187,9 @@ def chunk_files() -> dict[str, bytes]:
     """Chunks whose header or data is damaged."""
     sound = encode_chunk(BLOB, 65_536, b"some bytes")
 
-    def chunk(magic: bytes = b"EFC1", offset: int = 0, length: int = 4, crc: int = 0xADF3F363, data: bytes = b"data") -> bytes:
+    def chunk(
+        magic: bytes = b"EFC1", offset: int = 0, length: int = 4, crc: int = 0xADF3F363, data: bytes = b"data"
+    ) -> bytes:
         return CHUNK_HEADER.pack(magic, BLOB, offset, length, crc) + data
 
     return {
@@ -220,7 +222,9 @@ def safetensors_files() -> dict[str, bytes]:
         "ok-no-tensors": _safetensors({}, b""),
         "ok-odd-metadata": _safetensors({"__metadata__": [1, None]}, b""),
         "ok-duplicate-name": _raw(b'{"a":0,"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}', bytes(4)),
-        "ok-name-with-path": _safetensors({"../../etc/passwd": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}, b""),
+        "ok-name-with-path": _safetensors(
+            {"../../etc/passwd": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}, b""
+        ),
         "empty": b"",
         "seven-bytes": bytes(7),
         "header-of-2-to-64": b"\xff" * 8 + b"{}",
@@ -266,7 +270,12 @@ def safetensors_files() -> dict[str, bytes]:
 
 def hostile_files() -> dict[str, bytes]:
     """All of them, by path below `files/`."""
-    folders = {"control": control_files(), "manifest": manifest_files(), "chunk": chunk_files(), "safetensors": safetensors_files()}
+    folders = {
+        "control": control_files(),
+        "manifest": manifest_files(),
+        "chunk": chunk_files(),
+        "safetensors": safetensors_files(),
+    }
     return {f"{folder}/{name}": data for folder, files in folders.items() for name, data in files.items()}
 
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.data import MAX_ROW_CHARS, iter_texts, read_examples
+from edge_runtime.data import iter_texts, read_examples
 from edge_runtime.errors import DataError
+from edge_runtime.lines import MAX_ROW_CHARS
 
 SUFFIXES = [".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".csv.gz", ".json.gz"]
 PIECES = [

@@ -38,11 +38,15 @@ def configure_train(method: str, joins: Mapping[str, Join], num_blocks: int, epo
     """What each device of a cohort trains.
 
     Args:
-        joins: what each device said it could do; rows over its own budgets are not offered to the method.
+        joins: what each device said it could do; rows over its own budgets, and of depths that the model does not
+            have, are not offered to the method.
     """
     from edge_runtime.planner import feasible
 
-    tables = {device: feasible(join.table, join.budget, epochs) for device, join in joins.items()}
+    tables = {
+        device: feasible([row for row in join.table if row.depth <= num_blocks], join.budget, epochs)
+        for device, join in joins.items()
+    }
     chosen = METHODS[method](tables, num_blocks)
     return {
         device: Choice(row, "" if row else f"{method} leaves out a device with these budgets")

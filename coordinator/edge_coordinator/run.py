@@ -1,0 +1,183 @@
+"""One run of a fleet: opens rounds, has the method plan them, closes them into the next model. Ledger and blobs, no network.
+
+`rounds.py` decides what is next; this does it, each step in one transaction and so that it may be repeated after a crash
+and gives the same bits. The server tells the devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from edge_coordinator import rounds
+from edge_coordinator.aggregate import MAX_MEMBERS
+from edge_coordinator.config import FleetConfig
+from edge_coordinator.ledger import Ledger, Member
+from edge_coordinator.methods import configure_train
+from edge_coordinator.models import Models
+from edge_runtime.cost import DataShape
+from edge_runtime.errors import StoreError
+from edge_runtime.manifest import Manifest
+from edge_runtime.planner import make_plan
+from edge_runtime.wire import Join, decode, pack
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+class Run:
+    """The rounds of the run that fleet.toml names.
+
+    Attributes:
+        manifest, manifest_blob: the newest model version and the hash of its manifest.
+        epoch: counts the starts of this fleet's coordinator.
+    """
+
+    def __init__(self, config: FleetConfig, ledger: Ledger, models: Models, emit: Emit, now: float) -> None:
+        newest = models.newest()
+        if newest is None:
+            raise StoreError("the fleet has no model yet: run `edge-coordinator init` again")
+        self.manifest: Manifest = newest[0]
+        self.manifest_blob: bytes = newest[1]
+        self.config, self.ledger, self.models = config, ledger, models
+        self._emit = emit
+        self.name = config.run.name
+        admit = min(MAX_MEMBERS, math.ceil(config.run.goal * config.run.overselection))
+        timeouts = (config.run.join_timeout_s, config.run.report_timeout_s)
+        self.rules = rounds.Rules(config.run.goal, config.run.quorum, admit, *timeouts)
+        self.epoch = self._resume(now)
+
+    @property
+    def finished(self) -> bool:
+        """The run has had all its rounds."""
+        last = self.ledger.last_round(self.name)
+        return last is not None and last["round"] >= self.config.run.rounds and last["state"] in ("published", "failed")
+
+    def state(self, present: int = 0) -> rounds.RoundState | None:
+        """The newest round as the ledger has it; `present` devices are online."""
+        last = self.ledger.last_round(self.name)
+        if last is None:
+            return None
+        members = self.ledger.members(self.name, last["round"]).values()
+        committed = self.ledger.contributions(self.name, last["round"])
+        return rounds.RoundState(
+            last["round"],
+            last["state"],
+            last["deadline"],
+            joined=sum(m.status in ("joined", "planned") for m in members),
+            unable=sum(m.status in ("unable", "excluded") for m in members),
+            planned=sum(m.plan is not None for m in members),
+            committed=len(committed),
+            present=present,
+            gave_up=sum(m.status == "gave-up" and m.device not in committed for m in members),
+        )
+
+    def advance(self, now: float, present: int) -> str:
+        """Do what is due; -> "opened", "planned", "published", "failed", or "" when nothing was."""
+        state = self.state(present)
+        if state is None or state.state in ("published", "failed"):
+            return "" if self.finished else self._open(state.number + 1 if state else 1, now)
+        wanted = rounds.next_state(state, self.rules, now)
+        if wanted == "collecting" and state.state == "joining":
+            return self._plan(state, now)
+        if wanted == "failed":
+            return self._fail(state, now)
+        if wanted == "closing":
+            return self._close(state, now)
+        return ""
+
+    def set_member(self, number: int, member: Member) -> None:
+        """Write one member, durably."""
+        with self.ledger.transaction():
+            self.ledger.set_member(self.name, number, member)
+
+    def _resume(self, now: float) -> int:
+        """Take up where the ledger stands: one epoch more, and an open phase gets its time again."""
+        with self.ledger.transaction():
+            epoch = int(self.ledger.get("epoch") or 0) + 1
+            self.ledger.put("epoch", str(epoch))
+            last = self.ledger.last_round(self.name)
+            if last and last["state"] in ("joining", "collecting"):
+                time_s = self.rules.join_timeout_s if last["state"] == "joining" else self.rules.report_timeout_s
+                self.ledger.extend_round(self.name, last["round"], now + time_s)
+        self.models.clean()
+        return epoch
+
+    def _open(self, number: int, now: float) -> str:
+        opened = rounds.opened(number, self.rules, now)
+        with self.ledger.transaction():
+            self.ledger.open_round(self.name, number, self.manifest.version, opened.deadline, now)
+        version = self.manifest.version
+        self._emit({"event": "round-opened", "run": self.name, "round": number, "model_version": version})
+        return "opened"
+
+    def _plan(self, state: rounds.RoundState, now: float) -> str:
+        """The cohort is complete: the method plans for all of it at once."""
+        members = self.ledger.members(self.name, state.number)
+        joins = {d: read_join(m) for d, m in members.items() if m.status == "joined"}
+        train = self.config.train
+        chosen = configure_train(self.config.run.method, joins, self.manifest.num_blocks, train.epochs)
+        planned: list[Member] = []
+        for device, choice in chosen.items():
+            if choice.row is None:
+                planned.append(replace(members[device], status="excluded", reason=choice.why))
+                continue
+            settings = replace(train, seed=_seed(train.seed, state.number, device))
+            plan = make_plan(choice.row, DataShape(joins[device].num_examples, 0, 0.0), settings)
+            planned.append(replace(members[device], status="planned", nonce=os.urandom(16), plan=pack(plan)))
+        after = rounds.collecting(state, self.rules, sum(m.plan is not None for m in planned), now)
+        with self.ledger.transaction():
+            self.ledger.move_round(self.name, state.number, "joining", "collecting", after.deadline, now)
+            for member in planned:
+                self.ledger.set_member(self.name, state.number, member)
+        counts = {"planned": after.planned, "members": len(members)}
+        self._emit({"event": "round-planned", "round": state.number, **counts})
+        return "planned"
+
+    def _close(self, state: rounds.RoundState, now: float) -> str:
+        """closing -> published."""
+        if state.state == "collecting":
+            self.ledger.move_round(self.name, state.number, "collecting", "closing", state.deadline, now)
+        committed = self.ledger.contributions(self.name, state.number)
+        partial = self.models.fold(self.name, state.number, self.manifest, committed)
+        assert partial is not None, "a round closes with at least one contribution"
+        method = self.config.run.method
+        manifest, blob = self.models.next_version(self.manifest, self.manifest_blob, partial, method)
+        examples = sum(c.num_examples for c in committed.values())
+        loss = sum(c.num_examples * c.metrics["last_loss"] for c in committed.values()) / examples
+        metrics = {"members": sorted(committed), "num_examples": examples, "mean_loss": round(loss, 5)}
+        with self.ledger.transaction():
+            self.ledger.move_round(self.name, state.number, "closing", "published", now, now)
+            self.ledger.add_model(manifest.version, blob, self.name, state.number, metrics, now)
+        self.manifest, self.manifest_blob = manifest, blob
+        self._emit({"event": "round-published", "round": state.number, "model_version": manifest.version, **metrics})
+        return self._ended("published")
+
+    def _fail(self, state: rounds.RoundState, now: float) -> str:
+        of = state.planned or state.joined
+        reason = f"{state.committed} of {of} devices reported, the quorum is {self.rules.quorum}"
+        with self.ledger.transaction():
+            self.ledger.move_round(self.name, state.number, state.state, "failed", now, now, reason)
+        self._emit({"event": "round-failed", "round": state.number, "reason": reason})
+        return self._ended("failed")
+
+    def _ended(self, how: str) -> str:
+        self.models.clean()
+        if self.finished:
+            self._emit({"event": "run-finished", "run": self.name, "model_version": self.manifest.version})
+        return how
+
+
+def read_join(member: Member) -> Join:
+    """What a member said when it joined."""
+    body = decode(member.join_message, "join").body
+    assert isinstance(body, Join), "only joins are kept with members"
+    return body
+
+
+def _seed(seed: int, number: int, device: str) -> int:
+    """The device's own seed for a round: the same in every run with the same settings."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}/{device}".encode()).digest()[:7], "big")

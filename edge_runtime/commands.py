@@ -1,0 +1,290 @@
+"""What each command of `edge-runtime` does: calls the device's functions, prints the answer, returns the exit code.
+
+Not here: flags and help (`cli.py`), how flags and the config file make an agent (`join.py`), the work itself. May import
+every module of the device; what only one command needs is imported inside it, so that the others start without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from edge_runtime import local
+from edge_runtime.budget import memory_budget
+from edge_runtime.console import Bar, note, print_json, table
+from edge_runtime.errors import DoesNotFit, UsageError
+from edge_runtime.planner import mib
+from edge_runtime.records import DeviceProfile, TrainSettings
+from edge_runtime.source import find_checkpoint, open_source
+
+if TYPE_CHECKING:
+    from edge_runtime.data import Example
+    from edge_runtime.predict import Predictor
+
+SAMPLES = (
+    "How far is it from Denver to Aspen ?",
+    "What is the name of the river that runs through the old town, and why was it once feared by the people who lived there ?",
+    "Hello.",
+    "The library parses configuration files and reports errors with line and column numbers.",
+)
+MAX_SAMPLES = 64  # texts that an export is compared on
+PREDICT_TEXTS = 256  # read before they are classified together
+
+
+def run_profile(args: Namespace) -> int:
+    """Measure this machine and print what bounds training on it."""
+    found = local.Device.measure().profile
+    if args.json:
+        print_json(dataclasses.asdict(found))
+    else:
+        _print_fields(18, _profile_fields(found))
+    return 0
+
+
+def _profile_fields(found: DeviceProfile) -> list[tuple[str, str]]:
+    unknown = "not known here"
+    limit = mib(found.cgroup_limit_bytes) if found.cgroup_limit_bytes else "none"
+    if found.cgroup_available_bytes is not None:
+        limit += f", {mib(found.cgroup_available_bytes)} of it left"
+    battery = "none"
+    if found.battery_percent is not None:
+        battery = f"{found.battery_percent:.0f} %{' charging' if found.plugged_in else ''}"
+    return [
+        ("memory", f"{mib(found.ram_total_bytes)} in all, {mib(found.ram_available_bytes)} available"),
+        ("cgroup limit", limit),
+        ("for training", f"{mib(memory_budget('auto', found))} (--memory auto)"),
+        ("cores", str(found.cores)),
+        ("matrix products", f"{found.gflops:.1f} GFLOP/s, float32"),
+        ("memory bandwidth", f"{found.memory_gb_per_s:.1f} GB/s"),
+        ("temperature", f"{found.temperature_c:.0f} C" if found.temperature_c is not None else unknown),
+        ("battery", battery),
+    ]
+
+
+def run_plan(args: Namespace) -> int:
+    """Print every candidate with its predicted cost, what fits, and the choice; that nothing fits is an exit code."""
+    planned, _ = _plan(args)
+    if args.json:
+        print_json(_plan_record(planned))
+    else:
+        _print_plan(planned)
+    return 0 if planned.chosen else DoesNotFit.exit_code
+
+
+def _plan(args: Namespace) -> tuple[local.Planned, local.Device]:
+    """The plan for the flags that `plan` and `train` share, and the device it is for."""
+    settings = TrainSettings(
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        head_learning_rate=args.head_learning_rate,
+        weight_decay=args.weight_decay,
+        optimizer=args.optimizer,
+        seed=args.seed,
+    )
+    device = local.Device.measure(args.threads, speed=False)
+    bad_rows = "skip" if args.skip_bad_rows else "error"
+    planned = local.plan(
+        args.model,
+        args.data,
+        memory=args.memory,
+        time=args.time,
+        upload=args.upload,
+        settings=settings,
+        device=device,
+        max_length=args.max_length,
+        family=args.family,
+        new_head=args.new_head,
+        options=local.DataOptions(args.text_column, args.label_column, args.encoding, bad_rows),
+        holdout=args.holdout,
+        test=args.test,
+        progress=note,
+    )
+    if planned.prepared.skipped:
+        note(f"skipped {planned.prepared.skipped} bad rows; {'; '.join(planned.prepared.first_skipped[:3])}")
+    return planned, device
+
+
+def _plan_record(planned: local.Planned) -> dict[str, Any]:
+    return {
+        "rows": [
+            dataclasses.asdict(row) | {"fits": not why, "why_not": why}
+            for row, why in zip(planned.rows, planned.why_not, strict=True)
+        ],
+        "chosen": dataclasses.asdict(planned.chosen) if planned.chosen else None,
+        "refusal": planned.refusal,
+        "budget": dataclasses.asdict(planned.budget),
+        "data": dataclasses.asdict(planned.prepared.data),
+    }
+
+
+def _print_plan(planned: local.Planned) -> None:
+    data, budget = planned.prepared.data, planned.budget
+    print(
+        f"{data.num_examples} examples, {data.mean_length:.1f} tokens on average, {data.longest} at most, "
+        f"{len(planned.prepared.labels)} labels"
+    )
+    print(
+        f"budgets: memory {mib(budget.memory_bytes)}, time {f'{budget.time_s:.0f} s' if budget.time_s else 'any'}, "
+        f"upload {mib(budget.upload_bytes) if budget.upload_bytes else 'any'}\n"
+    )
+    header = ("blocks", "checkpointing", "micro-batch", "peak memory", "step", "epoch", "upload", "")
+    print(table(header, _plan_cells(planned)))
+    print("\npredicted, not measured: `edge-runtime train` reports both")
+    if planned.refusal:
+        note(planned.refusal)
+
+
+def _plan_cells(planned: local.Planned) -> list[list[str]]:
+    best = planned.chosen.chosen if planned.chosen else None
+    chosen = "<- chosen: the deepest that fits, and the fastest of these"
+    return [
+        [
+            "head" if row.depth == 0 else f"{row.depth} of {planned.source.spec.num_blocks}",
+            "yes" if row.checkpointing else "no",
+            str(row.micro_batch),
+            mib(row.peak_bytes),
+            f"{row.step_s:.3f} s",
+            f"{row.epoch_s:.1f} s",
+            mib(row.upload_bytes),
+            why_not or (chosen if row == best else "fits"),
+        ]
+        for row, why_not in zip(planned.rows, planned.why_not, strict=True)
+    ]
+
+
+def run_train(args: Namespace) -> int:
+    """Plan, finetune in a worker process within the budget, save the model, and print what was promised and measured."""
+    planned, device = _plan(args)
+    trained = local.train(planned, args.out, device=device, depth=args.depth, progress=Bar("training"))
+    if args.json:
+        print_json(
+            dataclasses.asdict(trained.report)
+            | {
+                "folder": str(trained.folder),
+                "limit_bytes": planned.budget.memory_bytes,
+                "enforced_by": trained.enforced_by,
+            }
+        )
+    else:
+        _print_fields(14, _trained_fields(planned, trained))
+    return 0
+
+
+def _trained_fields(planned: local.Planned, trained: local.Trained) -> list[tuple[str, str]]:
+    report = trained.report
+    what = "the head"
+    if report.depth:
+        what = f"the last {report.depth} of {planned.source.spec.num_blocks} blocks and the head"
+    if report.checkpointing:
+        what += ", with gradient checkpointing"
+    accuracy = "not measured: nothing was held out"
+    if report.accuracy is not None:
+        accuracy = f"{100 * report.accuracy:.1f} % of the held-out examples"
+    return [
+        ("trained", f"{what}, micro-batch {report.micro_batch}, {report.steps} steps"),
+        (
+            "peak memory",
+            f"{mib(report.peak_bytes)} measured (VmHWM), {mib(report.promised_peak_bytes)} promised, "
+            f"limit {mib(planned.budget.memory_bytes)} kept by {trained.enforced_by}",
+        ),
+        (
+            "time",
+            f"{report.train_s:.1f} s measured, {report.promised_s:.1f} s promised; "
+            f"{report.total_s:.1f} s with start and end",
+        ),
+        ("loss", f"{report.first_loss:.3f} -> {report.last_loss:.3f}"),
+        ("accuracy", accuracy),
+        ("model", str(trained.folder)),
+    ]
+
+
+def _print_fields(width: int, fields: Sequence[tuple[str, str]]) -> None:
+    for name, value in fields:
+        print(f"{name:{width}}{value}")
+
+
+def run_export(args: Namespace) -> int:
+    """Write a model as one ONNX file and print how far its logits are from torch's."""
+    from edge_runtime.export import export_onnx
+
+    checkpoint = find_checkpoint(args.model, family=args.family, progress=note)
+    source = open_source(checkpoint, None, local.cache_folder())
+    samples: Sequence[str] = SAMPLES
+    if args.data:
+        samples = [row.text for row in _read_rows(args.data, args, bad_rows="skip")[:MAX_SAMPLES]]
+    tokenizer = source.tokenizer.read_bytes()
+    report = export_onnx(source.spec, source.weights, tokenizer, args.out, samples=samples, metadata=source.metadata)
+    if args.json:
+        print_json(dataclasses.asdict(report) | {"path": str(report.path)})
+    else:
+        print(
+            f"{report.path}: {mib(report.num_bytes)}, logits within {report.max_abs_diff:.1e} of torch "
+            f"on {report.num_samples} texts, {report.seconds:.1f} s"
+        )
+    return 0
+
+
+def run_predict(args: Namespace) -> int:
+    """Classify texts from the flags, a file or standard input; with --evaluate print the accuracy on a file instead."""
+    from edge_runtime.data import iter_texts
+    from edge_runtime.predict import Predictor
+
+    if args.top < 1:
+        raise UsageError(f"--top must be at least 1, it is {args.top}")
+    if args.evaluate:
+        _print_accuracy(args)
+        return 0
+    predictor = Predictor(args.model, args.threads)
+    texts = iter(args.text) if args.text else iter_texts(args.file or sys.stdin.buffer)
+    typed = not args.text and not args.file and sys.stdin.isatty()  # then each line has its answer at once
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if typed or len(batch) == PREDICT_TEXTS:
+            _print_predictions(predictor, batch, args)
+            batch = []
+    _print_predictions(predictor, batch, args)
+    return 0
+
+
+def _print_accuracy(args: Namespace) -> None:
+    from edge_runtime.predict import evaluate
+
+    rows = _read_rows(args.evaluate, args)
+    accuracy = evaluate(args.model, ((row.text, row.label) for row in rows), args.threads)
+    if args.json:
+        print_json({"accuracy": accuracy, "num_examples": len(rows)})
+    else:
+        print(f"accuracy {100 * accuracy:.2f} % of {len(rows)}")
+
+
+def _print_predictions(predictor: Predictor, texts: Sequence[str], args: Namespace) -> None:
+    for text, found in zip(texts, predictor.predict(texts), strict=True):
+        best = sorted(found.probabilities.items(), key=lambda item: -item[1])
+        if args.json:
+            record = {"text": text, "label": found.label, "probability": found.probability}
+            print_json(record | {"probabilities": dict(best)})
+        else:
+            shown = ", ".join(f"{label} {100 * p:.1f} %" for label, p in best[: args.top])
+            print(f"{shown}\t{text if len(text) <= 100 else text[:97] + '...'}")
+    sys.stdout.flush()
+
+
+def _read_rows(path: Path, args: Namespace, bad_rows: Literal["error", "skip"] = "error") -> tuple[Example, ...]:
+    from edge_runtime.data import read_examples
+
+    columns = {"text_column": args.text_column, "label_column": args.label_column}
+    return read_examples(path, **columns, encoding=args.encoding, bad_rows=bad_rows).rows
+
+
+def run_join(args: Namespace) -> int:
+    """Take part in a fleet until told to stop."""
+    from edge_runtime.join import join  # agent and transport: one command needs them
+
+    join(args)
+    return 0

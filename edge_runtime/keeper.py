@@ -1,0 +1,129 @@
+"""Keeps the fleet's newest model whole on this device's disk: fetches what is missing, swaps versions in one rename.
+
+A version counts as held when every blob of it is here and verified; until then the one before stays usable. After any
+trouble (full disk, lost chunks, an evicted blob) it begins again with what is still missing. No topics, no clock of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.errors import EdgeError, WireError
+from edge_runtime.manifest import Manifest, check_family, decode_manifest
+from edge_runtime.source import MANIFEST_FILE, STORE_FOLDER
+from edge_runtime.store import BlobStore, atomic_writer
+from edge_runtime.transfer import Receiver
+from edge_runtime.wire import Model, Need
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+class ModelKeeper:
+    """The model of one device.
+
+    Attributes:
+        manifest: the version that is held whole, or None.
+        announced: the newest version that the coordinator spoke of.
+    """
+
+    def __init__(self, folder: Path, families: tuple[str, ...], emit: Emit) -> None:
+        self._folder, self._families, self._emit = folder, families, emit
+        self.store = BlobStore(folder / STORE_FOLDER)
+        self.announced: Model | None = None
+        self._receiver = Receiver(self.store)
+        self._incoming: Manifest | None = None
+        self._refused: bytes | None = None  # a manifest that this device cannot use: not fetched again and again
+        self.manifest = self._load()
+
+    @property
+    def held(self) -> int:
+        """The version held, 0 for none."""
+        return self.manifest.version if self.manifest else 0
+
+    def announce(self, model: Model) -> None:
+        """The coordinator speaks of a version. Versions only grow."""
+        if model.version < self.held:
+            reason = "the fleet was begun anew? remove this device's state folder to follow it"
+            self._emit({"event": "old-model", "announced": model.version, "held": self.held, "reason": reason})
+        elif self.announced is None or model.manifest != self.announced.manifest:
+            self.announced = model
+            self._start_again()
+        else:
+            self.announced = model
+
+    def requests(self, now: float) -> Need | None:
+        """What to ask for now. Begins or resumes the fetch where one is due.
+
+        Raises:
+            EdgeError, OSError: the version cannot be used here, or the disk is full. Call `pause` and try again later.
+        """
+        model = self.announced
+        if model is None or model.version == self.held or model.manifest == self._refused:
+            return None
+        if self._incoming is None:
+            self._receiver.want(model.manifest, model.manifest_bytes, now)
+            if self.store.has(model.manifest):
+                self._begin(model, now)
+        return self._receiver.requests(now)
+
+    def accept(self, blob: bytes, offset: int, data: bytes, now: float) -> None:
+        """A chunk came."""
+        if self._receiver.accept(blob, offset, data, now) is False:
+            self._emit({"event": "bad-hash", "blob": blob.hex()})
+
+    def complete(self) -> bool:
+        """Whether the announced version has just become whole; if so, it is ours now and the old tensors are gone."""
+        model, manifest = self.announced, self._incoming
+        if model is None or manifest is None or not self._receiver.idle:
+            return False
+        with atomic_writer(self._folder / MANIFEST_FILE) as file:
+            file.write(self.store.path(model.manifest).read_bytes())
+        self.manifest, self._incoming = manifest, None
+        self.store.keep_only([model.manifest, *manifest.blobs()])
+        return True
+
+    def reconnected(self, now: float) -> None:
+        """What was asked for is not on its way any more."""
+        self._receiver.restart(now)
+
+    def missing(self, blob: bytes) -> None:
+        """The coordinator does not have a blob: a newer version will be announced."""
+        self._receiver.cancel(blob)
+        self._start_again()
+
+    def pause(self) -> None:
+        """Stop fetching; what has come stays on disk."""
+        self._start_again()
+
+    def _start_again(self) -> None:
+        self._receiver.forget_all()
+        self._incoming = None
+
+    def _begin(self, model: Model, now: float) -> None:
+        try:
+            manifest = decode_manifest(self.store.path(model.manifest).read_bytes())
+            if manifest.version != model.version:
+                raise WireError(f"the manifest is of version {manifest.version}, version {model.version} was announced")
+            check_family(manifest, self._families)
+        except EdgeError:
+            self._refused = model.manifest
+            raise
+        self._incoming = manifest
+        for blob, size in manifest.blobs().items():
+            self._receiver.want(blob, size, now)
+        self._emit({"event": "fetching", "model_version": manifest.version, "num_bytes": self._receiver.missing_bytes})
+
+    def _load(self) -> Manifest | None:
+        try:
+            manifest = decode_manifest((self._folder / MANIFEST_FILE).read_bytes())
+            check_family(manifest, self._families)
+        except FileNotFoundError:
+            return None
+        except EdgeError as error:
+            self._emit(
+                {"event": "storage-error", "reason": f"the stored model is not usable, it is fetched again: {error}"}
+            )
+            return None
+        return manifest if all(self.store.has(blob) for blob in manifest.blobs()) else None

@@ -1,0 +1,129 @@
+"""An update on its way out: durable until the coordinator has it in its ledger, offered again more and more rarely.
+
+`pending.json` is written after the update's bytes and before the first offer, and removed when an answer ends it. So a
+device that loses power either has the whole update to offer, or trains again. One update at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from edge_runtime.errors import StoreError, WireError
+from edge_runtime.records import Bytes, Count, Name, Range, Seconds, TrainReport
+from edge_runtime.store import BlobStore, read_json, write_json
+from edge_runtime.transfer import Sender
+from edge_runtime.wire import Grant, Offer, from_plain
+
+PAUSE_S = (10.0, 120.0)  # between offers: first and longest
+PENDING_FILE = "pending.json"
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An update that is on disk and not yet committed; bytes as hex, since it is kept as JSON."""
+
+    run: Name
+    round: Count
+    nonce: Annotated[str, Range(32, 32)]
+    blob: Annotated[str, Range(64, 64)]
+    num_bytes: Bytes
+    num_examples: Annotated[int, Range(1, 1 << 20)]
+    train_s: Seconds
+    peak_bytes: Bytes
+    first_loss: float
+    last_loss: float
+
+    def offer(self) -> Offer:
+        """The message that offers it."""
+        return Offer(
+            run=self.run,
+            round=self.round,
+            nonce=bytes.fromhex(self.nonce),
+            blob=bytes.fromhex(self.blob),
+            num_bytes=self.num_bytes,
+            codec="f32",
+            num_examples=self.num_examples,
+            train_s=self.train_s,
+            peak_bytes=self.peak_bytes,
+            first_loss=self.first_loss,
+            last_loss=self.last_loss,
+        )
+
+
+class Outbox:
+    """The one update of a device.
+
+    Attributes:
+        pending: what waits to be committed, or None.
+        sender: answers the coordinator's requests for its bytes.
+        damaged: why a stored update could not be read at the start; empty if all was well.
+    """
+
+    def __init__(self, folder: Path, jitter: random.Random) -> None:
+        self._file = folder / PENDING_FILE
+        self._jitter = jitter
+        self._next_at, self._pause_s = 0.0, PAUSE_S[0]
+        self._updates = BlobStore(folder / "updates")
+        self.sender = Sender(self._updates)
+        self.draft = folder / "updates" / "partial" / "update.tmp"  # where a training process writes
+        self.damaged = ""
+        self.pending = self._load()
+
+    def put(self, grant: Grant, report: TrainReport) -> None:
+        """Take the draft over: name it by its hash, note it as pending."""
+        num_bytes = self.draft.stat().st_size
+        blob = self._updates.adopt(self.draft)
+        self.pending = Pending(
+            grant.run,
+            grant.round,
+            grant.nonce.hex(),
+            blob.hex(),
+            num_bytes,
+            report.num_examples,
+            report.train_s,
+            report.peak_bytes,
+            report.first_loss,
+            report.last_loss,
+        )
+        write_json(self._file, dataclasses.asdict(self.pending))
+        self.hurry()
+
+    def due(self, now: float) -> Offer | None:
+        """The offer, if it is time for it."""
+        if self.pending is None or now < self._next_at:
+            return None
+        self._next_at = now + self._pause_s * self._jitter.uniform(0.8, 1.2)
+        self._pause_s = min(2 * self._pause_s, PAUSE_S[1])
+        return self.pending.offer()
+
+    def hurry(self) -> None:
+        """Offer at once: there is a new update, or a new connection."""
+        self._next_at, self._pause_s = 0.0, PAUSE_S[0]
+        self.sender.clear()
+
+    def clear(self) -> None:
+        """The update has been dealt with."""
+        self._file.unlink(missing_ok=True)
+        self._updates.keep_only([])
+        self.sender.clear()
+        self.pending = None
+
+    def drop_draft(self) -> None:
+        """A training was given up."""
+        self.draft.unlink(missing_ok=True)
+
+    def _load(self) -> Pending | None:
+        try:
+            raw = read_json(self._file)
+            pending: Pending | None = from_plain(Pending, raw, "pending") if raw else None
+        except (StoreError, WireError) as error:
+            self.damaged, pending = str(error), None
+        if pending and self._updates.has(bytes.fromhex(pending.blob)):
+            self._updates.keep_only([bytes.fromhex(pending.blob)])
+            return pending
+        self.clear()
+        return None

@@ -1,0 +1,149 @@
+"""What each method grants to a cohort, from cost tables alone."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_coordinator.methods import METHODS, SUMMARIES, configure_train
+from edge_runtime.records import Budget, CostRow
+from edge_runtime.wire import Join
+from tests.samples import BOOT, quickly
+
+BLOCKS = 4
+MIB = 1 << 20
+
+
+def row(
+    depth: int, *, checkpointing: bool = False, epoch_s: float | None = None, peak_mib: int | None = None
+) -> CostRow:
+    """A candidate that costs more the deeper it is."""
+    peak = (100 + 50 * depth if peak_mib is None else peak_mib) * MIB
+    return CostRow(
+        depth, checkpointing, 16, peak, 1.0, 10.0 * (depth + 1) if epoch_s is None else epoch_s, (depth + 1) * MIB
+    )
+
+
+TABLE = tuple(row(depth) for depth in range(BLOCKS + 1))
+
+
+def join(
+    memory_mib: int = 10_000,
+    *,
+    table: tuple[CostRow, ...] = TABLE,
+    time_s: float | None = None,
+    upload_mib: int | None = None,
+) -> Join:
+    """What a device with such budgets says."""
+    upload = None if upload_mib is None else upload_mib * MIB
+    return Join("first", 1, BOOT, 100, Budget(memory_mib * MIB, time_s, upload), table)
+
+
+def depths(method: str, joins: dict[str, Join], epochs: int = 1) -> dict[str, int | None]:
+    """The granted depth of each device."""
+    chosen = configure_train(method, joins, BLOCKS, epochs)
+    assert set(chosen) == set(joins)
+    return {device: choice.row.depth if choice.row else None for device, choice in chosen.items()}
+
+
+STRONG, MIDDLE, WEAK, NONE = join(), join(210), join(150), join(99)
+COHORT = {"strong": STRONG, "middle": MIDDLE, "weak": WEAK, "none": NONE}
+
+
+def test_caff_gives_each_device_the_deepest_suffix_that_fits_it() -> None:
+    assert depths("caff", COHORT) == {"strong": 4, "middle": 2, "weak": 1, "none": None}
+
+
+def test_caff_heeds_time_for_all_epochs_and_upload_too() -> None:
+    assert depths(
+        "caff", {"a": join(time_s=30.0), "b": join(upload_mib=2), "c": join(300, time_s=20.0, upload_mib=3)}
+    ) == {"a": 2, "b": 1, "c": 1}
+    assert depths("caff", {"a": join(time_s=30.0)}, epochs=3) == {"a": 0}
+    assert depths("caff", {"a": join(time_s=30.0)}, epochs=4) == {"a": None}
+
+
+def test_caff_takes_the_faster_of_two_ways_to_the_same_depth() -> None:
+    slow, fast = row(2, checkpointing=True, epoch_s=50.0), row(2, epoch_s=40.0)
+    for table in ((slow, fast), (fast, slow)):
+        assert configure_train("caff", {"a": join(table=table)}, BLOCKS, 1)["a"].row == fast
+    assert configure_train("caff", {"a": join(table=(slow, row(2, peak_mib=20_000)))}, BLOCKS, 1)["a"].row == slow
+
+
+def test_head_trains_the_head_on_every_device_that_can() -> None:
+    assert depths("head", COHORT) == {"strong": 0, "middle": 0, "weak": 0, "none": None}
+
+
+@pytest.mark.parametrize("method", ["full", "exclusive"])
+def test_full_and_exclusive_leave_out_who_cannot_train_everything(method: str) -> None:
+    assert depths(method, COHORT) == {"strong": 4, "middle": None, "weak": None, "none": None}
+
+
+def test_straggler_trains_on_every_device_what_the_weakest_can_that_can_anything() -> None:
+    assert depths("straggler", COHORT) == {"strong": 1, "middle": 1, "weak": 1, "none": None}
+    assert depths("straggler", {"strong": STRONG, "none": NONE}) == {"strong": 4, "none": None}
+    assert depths("straggler", {"none": NONE}) == {"none": None}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_nobody_is_an_answer_too_and_an_empty_cohort_is_one(method: str) -> None:
+    assert depths(method, {}) == {}
+    assert depths(method, {"a": join(table=())}) == {"a": None}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_depth_that_the_model_does_not_have_is_never_granted(method: str) -> None:
+    """A hostile table: an update of that depth has no size and would stop the coordinator."""
+    forged = join(table=(row(1000, peak_mib=1, epoch_s=0.0), row(BLOCKS + 1, peak_mib=1, epoch_s=0.0)))
+    assert depths(method, {"forged": forged}) == {"forged": None}
+    both = join(table=(*TABLE, row(1000, peak_mib=1, epoch_s=0.0)))
+    assert depths(method, {"both": both, "strong": STRONG})["both"] in range(BLOCKS + 1)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_device_that_is_left_out_is_told_why_and_by_whom(method: str) -> None:
+    choice = configure_train(method, {"none": NONE}, BLOCKS, 1)["none"]
+    assert choice.row is None
+    assert choice.why.startswith(method)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_has_a_line_that_says_what_it_does(method: str) -> None:
+    assert 10 < len(SUMMARIES[method]) < 100
+
+
+CANDIDATES = st.builds(
+    row,
+    st.integers(0, BLOCKS + 2),
+    checkpointing=st.booleans(),
+    epoch_s=st.floats(0.1, 100),
+    peak_mib=st.integers(1, 500),
+)
+JOINS = st.builds(
+    join,
+    st.integers(0, 500),
+    table=st.lists(CANDIDATES, max_size=10).map(tuple),
+    time_s=st.none() | st.floats(0, 300),
+    upload_mib=st.none() | st.integers(0, 6),
+)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@quickly(40)
+@given(joins=st.dictionaries(st.text("abc-1", min_size=1, max_size=4), JOINS, max_size=5), epochs=st.integers(1, 3))
+def test_no_device_is_granted_what_it_did_not_offer_or_what_is_over_its_budgets(
+    method: str, joins: dict[str, Join], epochs: int
+) -> None:
+    chosen = configure_train(method, joins, BLOCKS, epochs)
+    assert set(chosen) == set(joins)
+    for device, choice in chosen.items():
+        if choice.row is None:
+            continue
+        budget = joins[device].budget
+        assert choice.row in joins[device].table
+        assert choice.row.depth <= BLOCKS
+        assert choice.row.peak_bytes <= budget.memory_bytes
+        assert budget.time_s is None or choice.row.epoch_s * epochs <= budget.time_s
+        assert budget.upload_bytes is None or choice.row.upload_bytes <= budget.upload_bytes
+    turned = configure_train(method, dict(reversed(joins.items())), BLOCKS, epochs)
+    assert turned == chosen, "the order of arrival does not matter"

@@ -1,0 +1,166 @@
+"""The predicted cost of a plan: how it grows and shrinks, and that it adds up. How true it is, the benches tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_runtime.cost import (
+    Calibration,
+    DataShape,
+    cost,
+    dynamic_bytes,
+    law_bytes,
+    micro_batches,
+    static_bytes,
+    upload_bytes,
+)
+from edge_runtime.records import CostRow, TrainSettings
+from edge_runtime.wire import from_plain, to_plain
+from tests.samples import quickly, small_spec
+
+SPEC = small_spec(4, 64)
+DATA = DataShape(1000, 120, 30.0)
+SETTINGS = TrainSettings(epochs=2, batch_size=16)
+CALIBRATION = Calibration("torch", 100 << 20, 1e-3, 2e-5, 3e-3, 7e-5, 1e-9)
+
+DEPTHS = st.integers(0, 4)
+TOKENS = st.integers(1, 20_000)
+PIECES = st.integers(1, 16)
+
+
+def priced(
+    depth: int,
+    checkpointing: bool = False,
+    micro_batch: int = 16,
+    data: DataShape = DATA,
+    settings: TrainSettings = SETTINGS,
+) -> CostRow:
+    """The cost with this file's model and machine."""
+    return cost(SPEC, data, settings, CALIBRATION, depth, checkpointing, micro_batch)
+
+
+def test_upload_is_the_bytes_of_the_suffix() -> None:
+    head = 4 * (2 * 64 + 1)
+    block = 4 * (64 * 64 + 64)
+    assert [upload_bytes(SPEC, depth) for depth in range(5)] == [head + depth * block for depth in range(5)]
+    assert priced(2).upload_bytes == head + 2 * block
+
+
+def test_adamw_holds_three_copies_of_what_is_trained_and_sgd_one_and_frozen_weights_are_held_once() -> None:
+    whole = sum(t.num_bytes for t in SPEC.tensors)
+    for depth in range(5):
+        assert static_bytes(SPEC, depth, "sgd") == whole
+        assert static_bytes(SPEC, depth, "adamw") == whole + 2 * upload_bytes(SPEC, depth)
+
+
+@quickly(80)
+@given(depth=st.integers(1, 4), tokens=TOKENS, pieces=PIECES, checkpointing=st.booleans())
+def test_a_deeper_suffix_more_tokens_or_more_pieces_never_need_less_memory(
+    depth: int, tokens: int, pieces: int, checkpointing: bool
+) -> None:
+    here = dynamic_bytes(SPEC, depth, checkpointing, tokens, pieces)
+    assert here >= dynamic_bytes(SPEC, depth - 1, checkpointing and depth > 1, tokens, pieces)
+    assert here >= dynamic_bytes(SPEC, depth, checkpointing, tokens - 1, pieces)
+    assert dynamic_bytes(SPEC, depth, checkpointing, tokens, pieces + 1) >= here
+    for optimizer in ("adamw", "sgd"):
+        assert law_bytes(SPEC, depth, checkpointing, tokens, pieces, optimizer) == here + static_bytes(
+            SPEC, depth, optimizer
+        )
+
+
+@quickly(80)
+@given(depth=st.integers(2, 4), tokens=TOKENS, pieces=PIECES)
+def test_checkpointing_two_blocks_or_more_never_needs_more_memory(depth: int, tokens: int, pieces: int) -> None:
+    assert dynamic_bytes(SPEC, depth, True, tokens, pieces) <= dynamic_bytes(SPEC, depth, False, tokens, pieces)
+
+
+def test_long_sequences_make_checkpointing_save_most_of_the_activations() -> None:
+    assert dynamic_bytes(SPEC, 4, True, 10_000, 1) < 0.5 * dynamic_bytes(SPEC, 4, False, 10_000, 1)
+
+
+def test_gradients_are_always_room_for() -> None:
+    for depth in range(5):
+        assert dynamic_bytes(SPEC, depth, False, 1, 1) >= upload_bytes(SPEC, depth)
+
+
+def test_the_promised_peak_is_above_the_law_and_a_whole_number_of_mib() -> None:
+    for depth in range(5):
+        for size in (1, 4, 16):
+            row = priced(depth, micro_batch=size)
+            law = law_bytes(SPEC, depth, False, size * DATA.longest, 16 // size, "adamw")
+            assert row.peak_bytes > CALIBRATION.runtime_bytes + law
+            assert row.peak_bytes % (1 << 20) == 0
+
+
+@quickly(80)
+@given(
+    depth=DEPTHS,
+    size=st.sampled_from([1, 2, 4, 8]),
+    examples=st.integers(1, 5000),
+    longest=st.integers(2, 512),
+    share=st.floats(0.1, 1),
+)
+def test_time_grows_with_depth_checkpointing_and_pieces(
+    depth: int, size: int, examples: int, longest: int, share: float
+) -> None:
+    data = DataShape(examples, longest, max(1.0, longest * share))
+    row = priced(depth, False, size, data)
+    assert 0 < row.step_s < math.inf
+    if depth:
+        assert row.step_s >= priced(depth - 1, False, size, data).step_s
+        assert row.step_s < priced(depth, True, size, data).step_s
+    assert row.step_s >= priced(depth, False, 2 * size, data).step_s
+    assert row.epoch_s == pytest.approx(row.step_s * examples / min(16, examples))
+
+
+def test_a_step_of_several_pieces_pays_the_fixed_time_of_each() -> None:
+    """Five forwards (two frozen blocks, embedding and head count one) and two blocks trained, for each piece."""
+    more = priced(2, micro_batch=4).step_s - priced(2, micro_batch=16).step_s
+    assert more == pytest.approx(3 * (3 * CALIBRATION.forward_fixed_s + 2 * CALIBRATION.train_fixed_s))
+
+
+def test_the_peak_follows_the_longest_text_and_the_time_the_mean() -> None:
+    longer = dataclasses.replace(DATA, longest=240)
+    assert priced(3, data=longer).peak_bytes > priced(3).peak_bytes
+    assert priced(3, data=longer).step_s == priced(3).step_s
+    denser = dataclasses.replace(DATA, mean_length=60.0)
+    assert priced(3, data=denser).peak_bytes == priced(3).peak_bytes
+    assert priced(3, data=denser).step_s > priced(3).step_s
+
+
+def test_a_step_never_counts_more_tokens_than_full_length() -> None:
+    full = DataShape(1000, 50, 50.0)
+    tokens = 16 * 50
+    expected = 5 * (CALIBRATION.forward_fixed_s + tokens * CALIBRATION.forward_per_token_s)
+    head_only = expected + (2 * 64 + 1) * CALIBRATION.update_per_parameter_s
+    assert priced(0, data=full).step_s == pytest.approx(head_only)
+
+
+def test_fewer_examples_than_a_batch_are_one_small_batch_and_none_cost_nothing() -> None:
+    few = priced(1, micro_batch=5, data=DataShape(5, 120, 30.0))
+    assert few.epoch_s == few.step_s
+    assert few.step_s < priced(1).step_s
+    none = priced(1, micro_batch=1, data=DataShape(0, 120, 30.0))
+    assert none.epoch_s == 0.0
+    assert none.peak_bytes > 0
+
+
+@quickly(60)
+@given(batch=st.integers(1, 4096))
+def test_micro_batches_halve_from_the_batch_to_one_and_cover_it_in_few_pieces(batch: int) -> None:
+    sizes = micro_batches(batch)
+    assert sizes[0] == batch
+    assert sizes[-1] == 1
+    assert all(a > b >= a / 2 for a, b in itertools.pairwise(sizes))
+
+
+def test_a_row_and_a_calibration_may_travel() -> None:
+    row = priced(2)
+    assert from_plain(CostRow, to_plain(row), "row") == row
+    assert from_plain(Calibration, to_plain(CALIBRATION), "calibration") == CALIBRATION

@@ -1,0 +1,138 @@
+"""Memory limits that the kernel keeps: what is promised fits, what does not fit is said before, and a child that dies is only a child.
+
+Skips where this machine lets us make no memory cgroup (no root and no delegation, or a kernel without the controller).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_coordinator.fleet import Fleet as FleetFolder
+from tests.e2e.conftest import Reference
+from tests.e2e.fleets import Fleet, running
+from tools.limits import MemoryLimit
+
+MIB = 1 << 20
+SENTENCES = ["Where is the river ?", "How many moons are there and who counted them in the end ?", "Name a colour of the old house ."]
+
+
+def can_limit() -> bool:
+    limit = MemoryLimit("probe", 64 * MIB)
+    try:
+        return limit.enforced
+    finally:
+        limit.remove()
+
+
+needs_cgroup = pytest.mark.skipif(not can_limit(), reason="this machine allows us no memory cgroup")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "texts.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows((f"{SENTENCES[i % 3]} {'and so on ' * (i % 7)}", "abc"[i % 3]) for i in range(96))
+    return path
+
+
+def run(limit_bytes: int | None, *arguments: str, name: str = "train") -> subprocess.CompletedProcess[str]:
+    """A command of edge-runtime, within a limit for it and all its children."""
+    command = [sys.executable, "-m", "edge_runtime.cli", *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p)}
+    limit = MemoryLimit(name, limit_bytes) if limit_bytes else None
+    try:
+        return subprocess.run(limit.command(command) if limit else command, capture_output=True, text=True, env=environment, check=False)
+    finally:
+        if limit:
+            limit.remove()
+
+
+def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def least_bytes(data: Path, depth: int) -> int:
+    """What the planner says a depth needs with the smallest pieces."""
+    table = json.loads(run(None, "plan", "minilm-l3", "--data", str(data), "--memory", "1", "--threads", "1", "--json").stdout)
+    return min(row["peak_bytes"] for row in table["rows"] if row["depth"] == depth)
+
+
+@needs_cgroup
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_training_real_weights_keeps_its_promise_within_a_cgroup_of_just_that_size(depth: int, data: Path, tmp_path: Path) -> None:
+    budget = least_bytes(data, depth) + MIB
+    done = run(budget + 96 * MIB, "train", "minilm-l3", "--data", str(data), "--memory", str(budget), "--depth", str(depth), "--threads", "1",
+               "--out", str(tmp_path / "m"), "--json")  # fmt: skip
+    report = result(done)
+    assert report["depth"] == depth
+    assert report["peak_bytes"] <= report["promised_peak_bytes"] <= budget
+    assert report["enforced_by"] == "cgroup"
+
+
+@needs_cgroup
+@pytest.mark.slow
+def test_auto_within_a_cgroup_counts_the_limit_and_not_the_machines_memory(data: Path, tmp_path: Path) -> None:
+    limit = least_bytes(data, 1) + 112 * MIB
+    report = result(run(limit, "train", "minilm-l3", "--data", str(data), "--threads", "1", "--out", str(tmp_path / "m"), "--json"))
+    assert report["limit_bytes"] < limit and report["peak_bytes"] <= limit
+
+
+@pytest.mark.slow
+def test_a_budget_that_nothing_fits_is_refused_with_the_bytes_needed(data: Path, tmp_path: Path) -> None:
+    done = run(None, "train", "minilm-l3", "--data", str(data), "--memory", "90MB", "--out", str(tmp_path / "m"))
+    assert done.returncode == 5
+    assert "not even the head" in done.stderr and "MiB" in done.stderr
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.slow
+def test_a_device_whose_child_is_killed_for_memory_lives_on_and_gives_the_plan_back(tmp_path: Path, model: Path, reference: Reference) -> None:
+    """The calibration is made to lie, so that the plan promises far too little."""
+    fleet = Fleet(tmp_path, model, rounds=1, cache=reference.cache, goal=2, quorum=1, memory=["2GB", "100MB"])
+    for file in (fleet.folder / "device-1" / "cache" / "calibration").glob("*.json"):
+        measured = json.loads(file.read_text())
+        measured["calibration"]["runtime_bytes"] = 20 * MIB
+        file.write_text(json.dumps(measured))
+    with running(fleet):
+        fleet.start_all()
+        fleet.wait(fleet.finished)
+        failures = fleet.events("device-1", "training-failed")
+        assert failures and failures[0]["out_of_memory"]
+        assert fleet.events("device-1", "declined") and fleet.alive("device-1")
+    assert [device for _, device, _ in fleet.counted()] == ["device-0"]
+
+
+@pytest.mark.slow
+def test_a_device_that_fits_nothing_declines_says_the_bytes_and_still_gets_the_model(tmp_path: Path, model: Path, reference: Reference) -> None:
+    fleet = Fleet(tmp_path, model, rounds=1, cache=reference.cache, goal=2, quorum=1, memory=["2GB", "60MB"])
+    with running(fleet):
+        fleet.start_all()
+        fleet.wait(fleet.finished)
+        assert fleet.events("device-1", "nothing-fits")[0]["needs_bytes"] > 60_000_000
+        assert fleet.alive("device-1")
+    assert FleetFolder(fleet.fleet).ledger.devices()[1]["model_version"] == 2
+
+
+@pytest.mark.slow
+def test_the_idle_agent_stays_below_its_reserve(tmp_path: Path, model: Path, reference: Reference) -> None:
+    from edge_runtime.budget import AGENT_RESERVE_BYTES
+    from edge_runtime.hardware import process_memory
+
+    with running(Fleet(tmp_path, model, rounds=1, cache=reference.cache)) as fleet:
+        fleet.start_all()
+        fleet.wait(fleet.finished)
+        held = process_memory(fleet.processes["device-0"].pid)
+    assert held["VmHWM"] <= AGENT_RESERVE_BYTES

@@ -1,0 +1,239 @@
+"""The coordinator against devices that repeat themselves, lie, send nonsense, cannot take part or vanish."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_coordinator.models import Models
+from edge_runtime.transport import Message
+from edge_runtime.wire import BlobRange, Need, encode_chunk
+from tests.e2e.local import FakeDevice, World, constant_update, lie, random_hash, rows
+
+ALL = rows(0, 1, 2)
+
+
+def finished(world: World) -> bool:
+    return bool(world.kinds("run-finished"))
+
+
+def run_two(world: World, second: FakeDevice | None = None) -> None:
+    devices = [FakeDevice(world, "device-0", table=ALL), second or FakeDevice(world, "device-1", table=rows(0, 1), examples=30)]
+    world.step(*devices, times=60)
+
+
+def test_every_message_twice_gives_the_same_model_as_once(tmp_path: Path, model: Path) -> None:
+    once, twice = World(tmp_path / "a" / "f", model), World(tmp_path / "b" / "f", model, twice=True)
+    for world in (once, twice):
+        run_two(world)
+        assert finished(world), world.events
+    assert len(twice.kinds("committed")) == 2
+    assert once.tensors() == twice.tensors()
+
+
+def test_the_mean_is_weighted_by_examples_for_each_layer_by_itself(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model)
+    before = {t.name: np.fromfile(world.server.models.store.path(t.blob), "<f4") for t in world.server.run.manifest.tensors}
+    second = FakeDevice(world, "device-1", table=rows(0, 1), examples=30, update=lambda size: constant_update(size, 0.05))
+    run_two(world, second)
+    after = {t.name: np.fromfile(world.server.models.store.path(t.blob), "<f4") for t in world.server.run.manifest.tensors}
+    for tensor in world.server.run.manifest.spec.tensors:
+        change = after[tensor.name] - before[tensor.name]
+        expected = {-1: 0.0, 0: 0.01, 1: (10 * 0.01 + 30 * 0.05) / 40, 2: (10 * 0.01 + 30 * 0.05) / 40}[tensor.part]
+        assert np.allclose(change, expected, atol=1e-6), tensor.name
+
+
+@pytest.mark.parametrize(
+    ("name", "tamper", "reason"),
+    [
+        ("size", lie(num_bytes=400), "must be"),
+        ("absurd size", lie(num_bytes=1 << 49), "must be"),
+        ("lease", lie(nonce=bytes(16)), "lease"),
+        ("examples", lie(num_examples=1 << 19), "joined with"),
+        ("codec", lie(codec="zip"), "must be"),
+    ],
+)
+def test_an_offer_that_lies_is_rejected_and_the_round_goes_on(name: str, tamper: object, reason: str, tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model)
+    liar = FakeDevice(world, "device-1", table=ALL, tamper=tamper)  # type: ignore[arg-type]
+    run_two(world, liar)
+    if name == "lease":  # whoever has no lease cannot end the lease of another: the round waits for the real one
+        assert not finished(world)
+        world.now += 10_000
+        world.step(times=5)
+    assert finished(world)
+    assert [a.status for a in liar.acks if reason in a.reason][:1] == ["rejected"]
+    assert world.kinds("round-published")[0]["members"] == ["device-0"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, 9.0])
+def test_an_update_with_absurd_numbers_is_rejected(value: float, tmp_path: Path, model: Path) -> None:
+    def poisoned(size: int) -> bytes:
+        data = np.zeros(size // 4, "<f4")
+        data[len(data) // 2] = value
+        return data.tobytes()
+
+    world = World(tmp_path / "f", model)
+    liar = FakeDevice(world, "device-1", table=ALL, update=poisoned)
+    run_two(world, liar)
+    assert finished(world)
+    assert "rejected" in [a.status for a in liar.acks]
+    assert world.kinds("round-published")[0]["members"] == ["device-0"]
+
+
+def test_bytes_that_do_not_have_the_offered_hash_are_rejected_after_three_tries(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model)
+    honest = FakeDevice(world, "device-0", table=ALL)
+    liar = FakeDevice(world, "device-1", table=ALL, tamper=lie(blob=random_hash()), serve=False)
+    for _ in range(60):
+        world.step(honest, liar, times=1)
+        receiver = world.server.peers.get("device-1").receiver
+        for blob, incoming in list(receiver._incoming.items()):
+            for start in range(0, incoming.size, 65536):
+                chunk = encode_chunk(blob, start, bytes(min(65536, incoming.size - start)))
+                liar.transport.publish(liar.topics.up("device-1", "c"), chunk)
+    assert finished(world)
+    assert "hash" in next(a.reason for a in liar.acks if a.status == "rejected")
+    assert world.kinds("round-published")[0]["members"] == ["device-0"]
+
+
+def test_chunks_that_nobody_asked_for_leave_nothing_on_disk(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model)
+    device = FakeDevice(world, "device-0", table=ALL, serve=False)
+    for offset in (0, 4096, 1 << 40):
+        device.transport.publish(device.topics.up("device-0", "c"), encode_chunk(random_hash(), offset, bytes(4096)))
+    world.step(device)
+    assert world.server.models.updates.used_bytes() == 0
+
+
+def test_nonsense_on_every_topic_changes_nothing_and_is_logged_once_a_kind(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model)
+    vandal = FakeDevice(world, "device-0", table=ALL)
+    for kind in ("st", "join", "offer", "need", "c", "grant", "ack", "x"):
+        for payload in (b"", b"\x00", b"\xff" * 100, bytes(20_000), b"\x81\xa1v\x01", b"\xdf\xff\xff\xff\xff"):
+            vandal.transport.publish(vandal.topics.up("device-0", kind), payload)
+    world.step(times=3)
+    assert len(world.kinds("bad-message")) <= 8
+    run_two(world)
+    assert finished(world)
+
+
+def test_messages_of_a_device_that_is_not_enrolled_or_is_revoked_are_ignored(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model)
+    stranger = FakeDevice(world, "stranger", table=ALL)
+    world.step(stranger)
+    assert not world.kinds("joined") and not world.kinds("status")
+
+
+def test_a_device_cannot_fetch_another_devices_update(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model, goal=2)
+    first, spy = FakeDevice(world, "device-0", table=ALL), FakeDevice(world, "device-1", table=ALL, serve=False)
+    world.step(first, spy, times=30)
+    (blob,) = [c.blob for c in world.fleet.ledger.contributions("first", 1).values()]
+    assert world.server.models.updates.has(blob)
+    spy.send("need", Need((BlobRange(blob, 0, 100),)))
+    while (event := world.server.transport.next_event(0)) is not None:
+        world.server.handle(event)
+    world.server.tick()
+    got = [e for e in spy.transport.inbox if isinstance(e, Message) and e.topic.endswith("/dn/c")]
+    assert not got
+
+
+def test_a_device_for_which_nothing_fits_says_what_it_needs_and_stays(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model, rounds=2)
+    small = FakeDevice(world, "device-1", table=rows(0, 1, peak=1 << 40), reason="not even the head fits")
+    run_two(world, small)
+    assert finished(world)
+    unable = world.kinds("unable")
+    assert [e["round"] for e in unable] == [1, 2] and unable[0]["needs_bytes"] == 123 << 20
+    assert {a.status for a in small.acks} == {"declined"}
+
+
+@pytest.mark.parametrize(
+    ("method", "depths"),
+    [("caff", {"device-0": 2, "device-1": 1}), ("straggler", {"device-0": 1, "device-1": 1}), ("head", {"device-0": 0, "device-1": 0}), ("full", {"device-0": 2}), ("exclusive", {"device-0": 2})],
+)  # fmt: skip
+def test_each_method_grants_its_depths(method: str, depths: dict[str, int], tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model, method=method)
+    run_two(world)
+    assert finished(world)
+    assert {e["device"]: e["depth"] for e in world.kinds("granted")} == depths
+    assert world.kinds("round-published")[0]["members"] == sorted(depths)
+
+
+def test_a_device_that_vanishes_after_its_grant_costs_only_the_deadline(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model)
+    gone = FakeDevice(world, "device-1", table=ALL, serve=False)
+    world.step(FakeDevice(world, "device-0", table=ALL), gone, times=40)
+    assert not finished(world)
+    world.now += world.fleet.config.run.report_timeout_s + 1
+    world.step(times=3)
+    assert world.kinds("round-published")[0]["members"] == ["device-0"]
+
+
+def test_below_the_quorum_at_the_deadline_the_round_fails_and_the_model_stays(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model, quorum=2)
+    before = world.tensors()
+    world.step(FakeDevice(world, "device-0", table=ALL), FakeDevice(world, "device-1", table=ALL, serve=False), times=40)
+    world.now += world.fleet.config.run.report_timeout_s + 1
+    world.step(times=3)
+    assert world.kinds("round-failed") and world.tensors() == before
+
+
+def test_a_late_update_is_told_so(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model)
+    late = FakeDevice(world, "device-1", table=ALL, serve=False)
+    world.step(FakeDevice(world, "device-0", table=ALL), late, times=40)
+    world.now += world.fleet.config.run.report_timeout_s + 1
+    world.step(times=3)
+    late.offer(late.grants[0])
+    world.step(late)
+    assert late.acks[-1].status == "late"
+
+
+def test_updates_are_folded_early_without_changing_a_bit_of_the_result(tmp_path: Path, model: Path) -> None:
+    def run(folder: Path, fold_at: int, monkeypatch: pytest.MonkeyPatch) -> World:
+        monkeypatch.setattr("edge_coordinator.server.FOLD_AT", fold_at)
+        world = World(folder / "f", model, devices=5)
+        devices = [FakeDevice(world, n, table=rows(0, 1, 2)[: i % 3 + 1], examples=7 * i + 1, update=_noise(i)) for i, n in enumerate(world.names)]
+        world.step(*devices, times=80)
+        assert finished(world), world.events
+        return world
+
+    with pytest.MonkeyPatch.context() as patch:
+        eager, lazy = run(tmp_path / "a", 2, patch), run(tmp_path / "b", 100, patch)
+    assert eager.tensors() == lazy.tensors()
+    assert eager.server.models.updates.used_bytes() == 0
+
+
+def _noise(seed: int) -> object:
+    def make(size: int) -> bytes:
+        return np.random.default_rng(seed).normal(0, 0.01, size // 4).astype("<f4").tobytes()
+
+    return make
+
+
+def test_a_restarted_coordinator_takes_up_the_round_and_grants_the_same_plan(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model)
+    first, second = FakeDevice(world, "device-0", table=ALL), FakeDevice(world, "device-1", table=ALL, serve=False)
+    world.step(first, second, times=30)
+    world.start()
+    second.serve = True
+    second.join("first", 1)
+    world.step(first, second, times=40)
+    assert finished(world)
+    assert len({g.nonce for g in second.grants}) == 1
+    assert world.server.run.epoch == 2
+
+
+def test_a_finished_run_keeps_serving_its_model_to_newcomers(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model)
+    run_two(world)
+    newest = Models(world.folder, world.fleet.ledger).newest()
+    assert newest and newest[0].version == 2
+    newcomer = FakeDevice(world, "device-1")
+    newcomer.send("need", Need((BlobRange(newest[1], 0, 100),)))
+    world.step(times=2)
+    assert [e for e in newcomer.transport.inbox if isinstance(e, Message) and e.topic.endswith("/dn/c")]
