@@ -120,7 +120,9 @@ class Fleet:
         if not path.exists():
             with atomic_writer(path) as file:
                 file.write(new_secret().encode())
-        if not verify_secret(self.secret(), self.ledger.get("coordinator_secret") or ""):  # new, or killed between the two
+        if not verify_secret(
+            self.secret(), self.ledger.get("coordinator_secret") or ""
+        ):  # new, or killed between the two
             self.ledger.put("coordinator_secret", hash_secret(self.secret()))
 
 

@@ -21,7 +21,6 @@ from edge_runtime.topics import Topics
 from edge_runtime.transfer import Sender
 from edge_runtime.transport import LocalBroker, LocalTransport, Message
 from edge_runtime.wire import Ack, Grant, Join, Need, Offer, Round, Status, decode, encode
-
 from tests.e2e.fleets import LABELS
 
 GIB = 1 << 30
@@ -30,10 +29,31 @@ GIB = 1 << 30
 class World:
     """A coordinator whose clock is set by the test."""
 
-    def __init__(self, folder: Path, model: Path, *, devices: int = 2, rounds: int = 1, method: str = "caff", goal: int = 0, quorum: int = 1, twice: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        *,
+        devices: int = 2,
+        rounds: int = 1,
+        method: str = "caff",
+        goal: int = 0,
+        quorum: int = 1,
+        twice: bool = False,
+    ) -> None:
         self.folder, self.now = folder, 1_000_000.0
         self.broker = LocalBroker() if not twice else TwiceBroker()
-        init(folder, name="test", base=str(model), labels=LABELS, max_length=32, method=method, rounds=rounds, goal=goal or devices, quorum=quorum)
+        init(
+            folder,
+            name="test",
+            base=str(model),
+            labels=LABELS,
+            max_length=32,
+            method=method,
+            rounds=rounds,
+            goal=goal or devices,
+            quorum=quorum,
+        )
         self.fleet = FleetFolder(folder)
         self.names = [f"device-{i}" for i in range(devices)]
         for name in self.names:
@@ -46,7 +66,9 @@ class World:
         topics = Topics("test")
         transport = LocalTransport(self.broker, "coordinator", topics.coordinator_filters())
         models = self.fleet.models(print)
-        self.server = Server(self.fleet.config, self.fleet.ledger, models, transport, self.events.append, clock=lambda: self.now)
+        self.server = Server(
+            self.fleet.config, self.fleet.ledger, models, transport, self.events.append, clock=lambda: self.now
+        )
         transport.start()
 
     def step(self, *devices: FakeDevice, times: int = 20) -> None:
@@ -85,7 +107,14 @@ class FakeDevice:
         self, world: World, name: str, *, table: tuple[CostRow, ...] = (), memory: int = GIB, examples: int = 10, reason: str = "",
         update: Callable[[int], bytes] | None = None, tamper: Callable[[Offer], Offer] = lambda offer: offer, serve: bool = True,
     ) -> None:  # fmt: skip
-        self.world, self.name, self.table, self.memory, self.examples, self.reason = world, name, table, memory, examples, reason
+        self.world, self.name, self.table, self.memory, self.examples, self.reason = (
+            world,
+            name,
+            table,
+            memory,
+            examples,
+            reason,
+        )
         self.update, self.tamper, self.serve = update, tamper, serve
         self.topics = Topics("test")
         self.transport = LocalTransport(world.broker, name, self.topics.device_filters(name))
@@ -100,7 +129,9 @@ class FakeDevice:
     def send(self, kind: str, body: Any) -> None:
         """A control message of ours."""
         self._sequence += 1
-        self.transport.publish(self.topics.up(self.name, kind), encode(body, sent_at=0.0, boot=bytes(8), sequence=self._sequence))
+        self.transport.publish(
+            self.topics.up(self.name, kind), encode(body, sent_at=0.0, boot=bytes(8), sequence=self._sequence)
+        )
 
     def step(self) -> None:
         """Read and answer everything."""
@@ -112,7 +143,9 @@ class FakeDevice:
 
     def join(self, run: str, number: int) -> None:
         """Join a round."""
-        self.send("join", Join(run, number, bytes(8), self.examples, Budget(self.memory), self.table, 123 << 20, self.reason))
+        self.send(
+            "join", Join(run, number, bytes(8), self.examples, Budget(self.memory), self.table, 123 << 20, self.reason)
+        )
 
     def offer(self, grant: Grant) -> None:
         """Make an update for a plan and offer it."""

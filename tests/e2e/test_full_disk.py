@@ -17,7 +17,9 @@ from tests.e2e.fleets import Fleet, running
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
     """A file system of its own with that much room. Skips where we may not mount."""
     folder.mkdir(parents=True, exist_ok=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False
+    ).returncode:
         pytest.skip("this machine does not let us mount a small disk")
     try:
         yield folder
@@ -51,7 +53,9 @@ def test_a_devices_disk_is_full_while_it_fetches_the_model(tmp_path: Path, model
 
 
 @pytest.mark.slow
-def test_the_coordinators_disk_is_full_while_it_takes_an_update(tmp_path: Path, model: Path, reference: Reference) -> None:
+def test_the_coordinators_disk_is_full_while_it_takes_an_update(
+    tmp_path: Path, model: Path, reference: Reference
+) -> None:
     with small_disk(tmp_path / "fleet", "32M") as disk:
         fleet = Fleet(tmp_path, model, rounds=1, cache=reference.cache)
         with running(fleet):

@@ -21,7 +21,11 @@ from tests.e2e.fleets import Fleet, running
 from tools.limits import MemoryLimit
 
 MIB = 1 << 20
-SENTENCES = ["Where is the river ?", "How many moons are there and who counted them in the end ?", "Name a colour of the old house ."]
+SENTENCES = [
+    "Where is the river ?",
+    "How many moons are there and who counted them in the end ?",
+    "Name a colour of the old house .",
+]
 
 
 def can_limit() -> bool:
@@ -51,7 +55,9 @@ def run(limit_bytes: int | None, *arguments: str, name: str = "train") -> subpro
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p)}
     limit = MemoryLimit(name, limit_bytes) if limit_bytes else None
     try:
-        return subprocess.run(limit.command(command) if limit else command, capture_output=True, text=True, env=environment, check=False)
+        return subprocess.run(
+            limit.command(command) if limit else command, capture_output=True, text=True, env=environment, check=False
+        )
     finally:
         if limit:
             limit.remove()
@@ -65,14 +71,18 @@ def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 def least_bytes(data: Path, depth: int) -> int:
     """What the planner says a depth needs with the smallest pieces."""
-    table = json.loads(run(None, "plan", "minilm-l3", "--data", str(data), "--memory", "1", "--threads", "1", "--json").stdout)
+    table = json.loads(
+        run(None, "plan", "minilm-l3", "--data", str(data), "--memory", "1", "--threads", "1", "--json").stdout
+    )
     return min(row["peak_bytes"] for row in table["rows"] if row["depth"] == depth)
 
 
 @needs_cgroup
 @pytest.mark.slow
 @pytest.mark.parametrize("depth", [0, 1, 3])
-def test_training_real_weights_keeps_its_promise_within_a_cgroup_of_just_that_size(depth: int, data: Path, tmp_path: Path) -> None:
+def test_training_real_weights_keeps_its_promise_within_a_cgroup_of_just_that_size(
+    depth: int, data: Path, tmp_path: Path
+) -> None:
     budget = least_bytes(data, depth) + MIB
     done = run(budget + 96 * MIB, "train", "minilm-l3", "--data", str(data), "--memory", str(budget), "--depth", str(depth), "--threads", "1",
                "--out", str(tmp_path / "m"), "--json")  # fmt: skip
@@ -86,7 +96,9 @@ def test_training_real_weights_keeps_its_promise_within_a_cgroup_of_just_that_si
 @pytest.mark.slow
 def test_auto_within_a_cgroup_counts_the_limit_and_not_the_machines_memory(data: Path, tmp_path: Path) -> None:
     limit = least_bytes(data, 1) + 112 * MIB
-    report = result(run(limit, "train", "minilm-l3", "--data", str(data), "--threads", "1", "--out", str(tmp_path / "m"), "--json"))
+    report = result(
+        run(limit, "train", "minilm-l3", "--data", str(data), "--threads", "1", "--out", str(tmp_path / "m"), "--json")
+    )
     assert report["limit_bytes"] < limit and report["peak_bytes"] <= limit
 
 
@@ -99,7 +111,9 @@ def test_a_budget_that_nothing_fits_is_refused_with_the_bytes_needed(data: Path,
 
 
 @pytest.mark.slow
-def test_a_device_whose_child_is_killed_for_memory_lives_on_and_gives_the_plan_back(tmp_path: Path, model: Path, reference: Reference) -> None:
+def test_a_device_whose_child_is_killed_for_memory_lives_on_and_gives_the_plan_back(
+    tmp_path: Path, model: Path, reference: Reference
+) -> None:
     """The calibration is made to lie, so that the plan promises far too little."""
     fleet = Fleet(tmp_path, model, rounds=1, cache=reference.cache, goal=2, quorum=1, memory=["2GB", "100MB"])
     for file in (fleet.folder / "device-1" / "cache" / "calibration").glob("*.json"):
@@ -116,7 +130,9 @@ def test_a_device_whose_child_is_killed_for_memory_lives_on_and_gives_the_plan_b
 
 
 @pytest.mark.slow
-def test_a_device_that_fits_nothing_declines_says_the_bytes_and_still_gets_the_model(tmp_path: Path, model: Path, reference: Reference) -> None:
+def test_a_device_that_fits_nothing_declines_says_the_bytes_and_still_gets_the_model(
+    tmp_path: Path, model: Path, reference: Reference
+) -> None:
     fleet = Fleet(tmp_path, model, rounds=1, cache=reference.cache, goal=2, quorum=1, memory=["2GB", "60MB"])
     with running(fleet):
         fleet.start_all()

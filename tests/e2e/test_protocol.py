@@ -20,7 +20,10 @@ def finished(world: World) -> bool:
 
 
 def run_two(world: World, second: FakeDevice | None = None) -> None:
-    devices = [FakeDevice(world, "device-0", table=ALL), second or FakeDevice(world, "device-1", table=rows(0, 1), examples=30)]
+    devices = [
+        FakeDevice(world, "device-0", table=ALL),
+        second or FakeDevice(world, "device-1", table=rows(0, 1), examples=30),
+    ]
     world.step(*devices, times=60)
 
 
@@ -35,10 +38,16 @@ def test_every_message_twice_gives_the_same_model_as_once(tmp_path: Path, model:
 
 def test_the_mean_is_weighted_by_examples_for_each_layer_by_itself(tmp_path: Path, model: Path) -> None:
     world = World(tmp_path / "f", model)
-    before = {t.name: np.fromfile(world.server.models.store.path(t.blob), "<f4") for t in world.server.run.manifest.tensors}
-    second = FakeDevice(world, "device-1", table=rows(0, 1), examples=30, update=lambda size: constant_update(size, 0.05))
+    before = {
+        t.name: np.fromfile(world.server.models.store.path(t.blob), "<f4") for t in world.server.run.manifest.tensors
+    }
+    second = FakeDevice(
+        world, "device-1", table=rows(0, 1), examples=30, update=lambda size: constant_update(size, 0.05)
+    )
     run_two(world, second)
-    after = {t.name: np.fromfile(world.server.models.store.path(t.blob), "<f4") for t in world.server.run.manifest.tensors}
+    after = {
+        t.name: np.fromfile(world.server.models.store.path(t.blob), "<f4") for t in world.server.run.manifest.tensors
+    }
     for tensor in world.server.run.manifest.spec.tensors:
         change = after[tensor.name] - before[tensor.name]
         expected = {-1: 0.0, 0: 0.01, 1: (10 * 0.01 + 30 * 0.05) / 40, 2: (10 * 0.01 + 30 * 0.05) / 40}[tensor.part]
@@ -55,7 +64,9 @@ def test_the_mean_is_weighted_by_examples_for_each_layer_by_itself(tmp_path: Pat
         ("codec", lie(codec="zip"), "must be"),
     ],
 )
-def test_an_offer_that_lies_is_rejected_and_the_round_goes_on(name: str, tamper: object, reason: str, tmp_path: Path, model: Path) -> None:
+def test_an_offer_that_lies_is_rejected_and_the_round_goes_on(
+    name: str, tamper: object, reason: str, tmp_path: Path, model: Path
+) -> None:
     world = World(tmp_path / "f", model)
     liar = FakeDevice(world, "device-1", table=ALL, tamper=tamper)  # type: ignore[arg-type]
     run_two(world, liar)
@@ -176,7 +187,9 @@ def test_a_device_that_vanishes_after_its_grant_costs_only_the_deadline(tmp_path
 def test_below_the_quorum_at_the_deadline_the_round_fails_and_the_model_stays(tmp_path: Path, model: Path) -> None:
     world = World(tmp_path / "f", model, quorum=2)
     before = world.tensors()
-    world.step(FakeDevice(world, "device-0", table=ALL), FakeDevice(world, "device-1", table=ALL, serve=False), times=40)
+    world.step(
+        FakeDevice(world, "device-0", table=ALL), FakeDevice(world, "device-1", table=ALL, serve=False), times=40
+    )
     world.now += world.fleet.config.run.report_timeout_s + 1
     world.step(times=3)
     assert world.kinds("round-failed") and world.tensors() == before
@@ -197,7 +210,10 @@ def test_updates_are_folded_early_without_changing_a_bit_of_the_result(tmp_path:
     def run(folder: Path, fold_at: int, monkeypatch: pytest.MonkeyPatch) -> World:
         monkeypatch.setattr("edge_coordinator.server.FOLD_AT", fold_at)
         world = World(folder / "f", model, devices=5)
-        devices = [FakeDevice(world, n, table=rows(0, 1, 2)[: i % 3 + 1], examples=7 * i + 1, update=_noise(i)) for i, n in enumerate(world.names)]
+        devices = [
+            FakeDevice(world, n, table=rows(0, 1, 2)[: i % 3 + 1], examples=7 * i + 1, update=_noise(i))
+            for i, n in enumerate(world.names)
+        ]
         world.step(*devices, times=80)
         assert finished(world), world.events
         return world

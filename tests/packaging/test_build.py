@@ -80,7 +80,9 @@ def metadata(wheel: zipfile.ZipFile) -> email.message.Message:
     return email.message_from_string(dist_info(wheel, "METADATA"))
 
 
-def test_setup_cfg_lists_exactly_the_packages_that_exist(config: configparser.ConfigParser, roots: dict[str, Path]) -> None:
+def test_setup_cfg_lists_exactly_the_packages_that_exist(
+    config: configparser.ConfigParser, roots: dict[str, Path]
+) -> None:
     listed = lines(config["options"]["packages"])
     assert len(listed) == len(set(listed))
     assert sorted(listed) == sorted(name for name, _ in packages_in(roots))
@@ -134,13 +136,29 @@ def test_the_archive_holds_what_the_wheel_is_made_of(built: Path) -> None:
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {*FILES, "edge_runtime/py.typed", "coordinator/edge_coordinator/cli.py", "models/edge_models/bert.py"} <= names
+    assert {
+        *FILES,
+        "edge_runtime/py.typed",
+        "coordinator/edge_coordinator/cli.py",
+        "models/edge_models/bert.py",
+    } <= names
 
 
 def test_the_installed_wheel_runs_without_the_checkout(built: Path, tmp_path: Path) -> None:
     (path,) = built.glob("*.whl")
     target = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(target), str(path)]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(target),
+        str(path),
+    ]
     subprocess.run(install, check=True, stdin=subprocess.DEVNULL)
     environment = {**os.environ, "PYTHONPATH": str(target), "PYTHONDONTWRITEBYTECODE": "1"}
     for program in ("edge-runtime", "edge-coordinator"):
@@ -148,5 +166,7 @@ def test_the_installed_wheel_runs_without_the_checkout(built: Path, tmp_path: Pa
         shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
         assert shown.stdout.startswith(f"usage: {program}")
     where = "import edge_runtime, edge_coordinator, edge_models as m; print(edge_runtime.__file__, edge_coordinator.__file__, m.__file__)"
-    files = subprocess.run([sys.executable, "-c", where], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
+    files = subprocess.run(
+        [sys.executable, "-c", where], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+    )
     assert all(file.startswith(str(target)) for file in files.stdout.split())

@@ -32,7 +32,9 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter."""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, check=False
+    )
 
 
 def modules() -> list[str]:
@@ -51,7 +53,9 @@ def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import onnx
     from onnx import TensorProto, helper
 
-    ids, mask = (helper.make_tensor_value_info(n, TensorProto.INT64, ["batch", "seq"]) for n in ("input_ids", "attention_mask"))
+    ids, mask = (
+        helper.make_tensor_value_info(n, TensorProto.INT64, ["batch", "seq"]) for n in ("input_ids", "attention_mask")
+    )
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2])
     nodes = [
         helper.make_node("Mul", ["input_ids", "attention_mask"], ["real"]),
@@ -68,7 +72,13 @@ def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     words = {"type": "WordLevel", "vocab": {"[PAD]": 0, "[UNK]": 1, "bad": 2, "good": 5}, "unk_token": "[UNK]"}
     tokenizer = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": words}
-    entries = {"format": "edge-runtime 1", "family": "test", "labels": '["no", "yes"]', "max_length": "8", "tokenizer": json.dumps(tokenizer)}
+    entries = {
+        "format": "edge-runtime 1",
+        "family": "test",
+        "labels": '["no", "yes"]',
+        "max_length": "8",
+        "tokenizer": json.dumps(tokenizer),
+    }
     helper.set_model_props(model, entries)
     path = tmp_path_factory.mktemp("model") / "tiny.onnx"
     onnx.save(model, str(path))
@@ -128,9 +138,25 @@ def test_training_without_torch_names_the_pip_command(tmp_path: Path) -> None:
 
 
 def test_import_edge_runtime_loads_nothing_heavy() -> None:
-    found = set(loaded("import sys, json; before = set(sys.modules); import edge_runtime; print(json.dumps(sorted(set(sys.modules) - before)))"))
+    found = set(
+        loaded(
+            "import sys, json; before = set(sys.modules); import edge_runtime; print(json.dumps(sorted(set(sys.modules) - before)))"
+        )
+    )
     assert {name for name in found if name.partition(".")[0].startswith("edge_")} == {"edge_runtime"}
-    heavy = {"numpy", "psutil", "msgpack", "onnxruntime", "tokenizers", "paho", "torch", "ssl", "asyncio", "sqlite3", "subprocess"}
+    heavy = {
+        "numpy",
+        "psutil",
+        "msgpack",
+        "onnxruntime",
+        "tokenizers",
+        "paho",
+        "torch",
+        "ssl",
+        "asyncio",
+        "sqlite3",
+        "subprocess",
+    }
     assert not heavy & {name.partition(".")[0] for name in found}
 
 

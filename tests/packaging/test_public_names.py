@@ -24,7 +24,9 @@ def test_all_is_sorted_and_complete() -> None:
 def test_what_type_checkers_see_is_what_there_is() -> None:
     tree = ast.parse(Path(edge_runtime.__file__).read_text())
     (checking,) = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
-    seen = {alias.name: node.module for node in checking.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    seen = {
+        alias.name: node.module for node in checking.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
     assert set(seen) == PUBLIC
     for name, module in seen.items():
         assert getattr(edge_runtime, name) is getattr(importlib.import_module(str(module)), name)

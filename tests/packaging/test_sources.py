@@ -15,7 +15,14 @@ FOLDERS = ("edge_runtime", "coordinator", "models", "tests", "tools", "docs", ".
 TEXTS = (".py", ".md", ".cfg", ".toml", ".sh", "")
 OLDEST = (3, 10)
 # Written in pieces, so that this file does not name them itself.
-INDEX = "|".join(("py" + "pi" + r"\.org", "python" + r"hosted\.org", "index" + r"-url\W+(?:file|http)", r"download\.py" + r"torch\.org"))
+INDEX = "|".join(
+    (
+        "py" + "pi" + r"\.org",
+        "python" + r"hosted\.org",
+        "index" + r"-url\W+(?:file|http)",
+        r"download\.py" + r"torch\.org",
+    )
+)
 PLACES = "|".join(("/wo" + "rk/", "/ro" + "ot/", "/ho" + r"me/[a-z]", "/tmp" + r"/[a-z]", "/o" + "pt/"))
 
 
@@ -26,7 +33,10 @@ def files() -> Iterator[Path]:
             yield path
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
-            hidden = any(part.startswith(".") or part == "__pycache__" or part.endswith(".egg-info") for part in path.relative_to(ROOT / folder).parts)
+            hidden = any(
+                part.startswith(".") or part == "__pycache__" or part.endswith(".egg-info")
+                for part in path.relative_to(ROOT / folder).parts
+            )
             if path.is_file() and not hidden and path.suffix in TEXTS:
                 yield path
 
@@ -46,11 +56,26 @@ def test_every_source_parses_as_the_oldest_python() -> None:
 def test_every_import_of_the_standard_library_is_as_old() -> None:
     """feature_version checks the grammar alone: newer modules and names would pass it."""
     newer = {"tomllib", "wsgiref.types"}
-    names = {("typing", n) for n in ("Self", "override", "assert_never", "LiteralString", "Never", "Unpack", "TypeVarTuple", "NotRequired")}
-    names |= {("enum", "StrEnum"), ("datetime", "UTC"), ("contextlib", "chdir"), ("itertools", "batched"), ("asyncio", "TaskGroup"), ("asyncio", "timeout")}
+    names = {
+        ("typing", n)
+        for n in ("Self", "override", "assert_never", "LiteralString", "Never", "Unpack", "TypeVarTuple", "NotRequired")
+    }
+    names |= {
+        ("enum", "StrEnum"),
+        ("datetime", "UTC"),
+        ("contextlib", "chdir"),
+        ("itertools", "batched"),
+        ("asyncio", "TaskGroup"),
+        ("asyncio", "timeout"),
+    }
     for path in SOURCES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        guarded = {id(n) for node in ast.walk(tree) if isinstance(node, ast.If) and "version_info" in ast.unparse(node.test) for n in ast.walk(node)}
+        guarded = {
+            id(n)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and "version_info" in ast.unparse(node.test)
+            for n in ast.walk(node)
+        }
         for node in ast.walk(tree):
             if id(node) in guarded:
                 continue

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,16 @@ CONFIG: dict[str, Any] = {
     "hidden_act": "gelu",
 }
 LABELS = ("no", "yes")
-FORBIDDEN = ("torch._dynamo", "torch._inductor", "torch.onnx", "sympy", "transformers", "onnx", "onnxruntime", "edge_coordinator")
+FORBIDDEN = (
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.onnx",
+    "sympy",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "edge_coordinator",
+)
 # What `import torch` loads by itself in part; to use any of it is what imports torch._dynamo.
 NOT_MORE = ("torch.optim", "torch.utils.checkpoint", "torch.export", "torch.fx")
 JOBS = """
@@ -76,7 +84,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     config, weights = bert.open_folder(folder)
     plans = [
         Plan(CostRow(depth, checkpointing, 2, 0, 0.0, 0.0, 0), TrainSettings(batch_size=4, optimizer=optimizer), 2)
-        for depth, checkpointing, optimizer in ((2, False, "adamw"), (3, True, "adamw"), (0, False, "sgd"), (1, True, "sgd"))
+        for depth, checkpointing, optimizer in (
+            (2, False, "adamw"),
+            (3, True, "adamw"),
+            (0, False, "sgd"),
+            (1, True, "sgd"),
+        )
     ]
     return {
         "family": "edge_models.bert",
@@ -104,7 +117,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found(job: dict[str, Any]) -> Any:
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", JOBS, json.dumps(job)], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", JOBS, json.dumps(job)], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])  # before it, the worker's own lines of progress
 
