@@ -4,7 +4,7 @@
     -> chunks -> committed -> newest model ...
 
 What must survive lies on disk: the model and partial transfers (`keeper.py`), and an update that is not yet committed
-(`outbox.py`). Everything else is asked for again. Holds no torch, no numpy and no onnxruntime: idle it stays below 64 MiB
+(`outbox.py`). Everything else is asked for again. Holds no torch, no numpy and no onnxruntime: idle it stays below 48 MiB
 (tested). The clock and the transport are passed in.
 """
 

@@ -7,7 +7,7 @@ import re
 from edge_runtime.errors import UsageError
 from edge_runtime.records import DeviceProfile
 
-AGENT_RESERVE_BYTES = 64 << 20  # for the agent beside its training process; a test holds the agent to it
+AGENT_RESERVE_BYTES = 48 << 20  # for the agent beside its training process; a test holds the agent to it
 STEP_BYTES = 8 << 20  # automatic budgets are rounded down to this, so that small fluctuations do not change the plan
 MAX_BYTES, MAX_SECONDS = 1 << 50, 1e9  # as on the wire
 UNITS = {

@@ -118,9 +118,11 @@ def test_auto_is_what_is_free_rounded_down_so_that_noise_does_not_change_the_pla
 
 
 def test_auto_leaves_the_agent_its_reserve_below_the_limit_of_ram_or_cgroup() -> None:
-    assert memory_budget("auto", machine(512 * MIB, 512 * MIB)) == 512 * MIB - AGENT_RESERVE_BYTES
-    assert memory_budget("auto", machine(4096 * MIB, 3000 * MIB, 256 * MIB, 250 * MIB)) == 192 * MIB
-    assert memory_budget("auto", machine(4096 * MIB, 3000 * MIB, 256 * MIB, 100 * MIB)) == 96 * MIB
+    for limit in (256 * MIB, 512 * MIB):
+        room = (limit - AGENT_RESERVE_BYTES) // STEP_BYTES * STEP_BYTES
+        assert memory_budget("auto", machine(limit, limit)) == room
+        assert memory_budget("auto", machine(4096 * MIB, 3000 * MIB, limit, limit - MIB)) == room
+        assert memory_budget("auto", machine(4096 * MIB, 3000 * MIB, limit, 100 * MIB)) == 96 * MIB
     assert memory_budget("auto", machine(32 * MIB, 32 * MIB)) == 0
 
 

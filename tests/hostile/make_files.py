@@ -52,11 +52,11 @@ def control_files() -> dict[str, bytes]:
         "ok-st-at-the-limit": _padded(MAX_CONTROL_BYTES),
         "st-deep-lists": b"\x91" * 5000 + b"\xc0",
         "st-deep-maps": b"\x81\xa1a" * 5000 + b"\xc0",
-        "st-deep-version": _envelope("st", v=_deep(900)),
-        "st-deep-type": _envelope("st", t=_deep(900)),
-        "st-deep-body": _envelope("st", b=_deep(900)),
-        "st-deep-field": _changed("st", round=_deep(900)),
-        "ok-st-deep-unknown-field": _changed("st", later=_deep(900)),
+        "st-deep-version": _deep("st", "v"),
+        "st-deep-type": _deep("st", "t"),
+        "st-deep-body": _deep("st", "b"),
+        "st-deep-field": _changed("st", round="here").replace(b"\xa4here", b"\x91" * 1000 + b"\xc0"),
+        "ok-st-deep-unknown-field": _deep("st", "later"),
         "st-version-2": _envelope("st", v=2),
         "st-version-true": _envelope("st", v=True),
         "st-version-1.0": _envelope("st", v=1.0),
@@ -309,11 +309,10 @@ def _twice(packed_map: bytes, key: str, value: Any) -> bytes:
     return data
 
 
-def _deep(levels: int) -> list[Any]:
-    value: list[Any] = []
-    for _ in range(levels):
-        value = [value]
-    return value
+def _deep(kind: str, key: str, levels: int = 1015) -> bytes:
+    """A list in a list in a list, as deep as msgpack's stack allows, in place of a value of the envelope."""
+    packed = _envelope(kind, **{key: "here"})
+    return packed.replace(b"\xa4here", b"\x91" * levels + b"\xc0")
 
 
 def _manifest(**changes: Any) -> bytes:

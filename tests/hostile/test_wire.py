@@ -134,12 +134,12 @@ def test_a_hostile_control_message_is_no_message_of_any_other_kind_either(name: 
         check_control(FILES[name], kind)
 
 
-def costs_little(read: Callable[[], Any], peak_bytes: int, wall_s: float) -> None:
+def costs_little(read: Callable[[], Any], peak_bytes: int, cpu_s: float) -> None:
     """Run a decoder that may refuse, and hold it to a bound of memory and time."""
-    started_s = time.perf_counter()
+    started_s = time.thread_time()
     for _ in range(3):
         try_to(read)
-    assert (time.perf_counter() - started_s) / 3 < wall_s
+    assert (time.thread_time() - started_s) / 3 < cpu_s
     tracemalloc.start()
     try:
         try_to(read)
@@ -205,7 +205,7 @@ def test_a_manifest_at_the_limit_that_names_nothing_but_tiny_tensors_is_refused_
         decode_manifest(data)
 
 
-@quickly(300)
+@quickly(200)
 @given(data=st.binary(max_size=200), kind=KINDS)
 def test_random_bytes_are_refused_by_every_decoder(data: bytes, kind: str) -> None:
     check_control(data, kind)
@@ -213,25 +213,25 @@ def test_random_bytes_are_refused_by_every_decoder(data: bytes, kind: str) -> No
     check_chunk(data)
 
 
-@quickly(200)
+@quickly(120)
 @given(data=st.data(), kind=KINDS)
 def test_a_sound_message_with_some_bytes_changed_is_read_or_refused(data: st.DataObject, kind: str) -> None:
     check_control(mutated(data, message(kind)), kind)
 
 
-@quickly(150)
+@quickly(80)
 @given(data=st.data())
 def test_a_sound_manifest_with_some_bytes_changed_is_read_or_refused(data: st.DataObject) -> None:
     check_manifest(mutated(data, encode_manifest(small_manifest())))
 
 
-@quickly(100)
+@quickly(60)
 @given(data=st.data())
 def test_a_sound_chunk_with_some_bytes_changed_is_read_or_refused(data: st.DataObject) -> None:
     check_chunk(mutated(data, encode_chunk(BLOB, 65_536, b"some bytes of a blob")))
 
 
-@quickly(150)
+@quickly(80)
 @given(data=st.data())
 def test_a_sound_safetensors_file_with_some_bytes_changed_is_read_or_refused(
     tmp_path: Path, data: st.DataObject
@@ -256,7 +256,7 @@ def mutated(data: st.DataObject, sound: bytes) -> bytes:
     return changed
 
 
-@quickly(200)
+@quickly(120)
 @given(value=PLAIN, kind=KINDS)
 def test_any_value_of_msgpack_is_read_or_refused(value: Any, kind: str) -> None:
     data = msgpack.packb(value)
@@ -267,7 +267,7 @@ def test_any_value_of_msgpack_is_read_or_refused(value: Any, kind: str) -> None:
             assert isinstance(unpack_as(record, data), record)
 
 
-@quickly(200)
+@quickly(120)
 @given(data=st.data(), kind=KINDS)
 def test_any_value_in_any_field_of_a_message_is_read_or_refused(data: st.DataObject, kind: str) -> None:
     plain = msgpack.unpackb(message(kind))
@@ -275,7 +275,7 @@ def test_any_value_in_any_field_of_a_message_is_read_or_refused(data: st.DataObj
     check_control(msgpack.packb(plain), kind)
 
 
-@quickly(150)
+@quickly(80)
 @given(data=st.data())
 def test_any_value_in_any_field_of_a_manifest_is_read_or_refused(data: st.DataObject) -> None:
     plain = msgpack.unpackb(encode_manifest(small_manifest()))
@@ -284,7 +284,7 @@ def test_any_value_in_any_field_of_a_manifest_is_read_or_refused(data: st.DataOb
     check_manifest(msgpack.packb(plain))
 
 
-@quickly(150)
+@quickly(80)
 @given(
     text=st.text(max_size=30)
     | st.recursive(SCALARS.filter(lambda v: not isinstance(v, bytes)), st.lists).map(json.dumps)
@@ -294,7 +294,7 @@ def test_any_config_of_a_manifest_is_read_or_refused(text: str) -> None:
     check_manifest(msgpack.packb(plain))
 
 
-@quickly(100)
+@quickly(60)
 @given(value=st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists), kind=KINDS)
 def test_what_json_can_hold_and_msgpack_cannot_is_read_or_refused_too(value: Any, kind: str) -> None:
     """State files and worker results are JSON and go through the same checks."""
@@ -303,7 +303,7 @@ def test_what_json_can_hold_and_msgpack_cannot_is_read_or_refused_too(value: Any
             from_plain(MESSAGES[kind], {field.name: value}, "x")
 
 
-@quickly(150)
+@quickly(80)
 @given(payload=st.binary(max_size=300))
 def test_random_bytes_are_no_safetensors_file(tmp_path: Path, payload: bytes) -> None:
     path = tmp_path / "model.safetensors"
@@ -313,7 +313,7 @@ def test_random_bytes_are_no_safetensors_file(tmp_path: Path, payload: bytes) ->
     check_safetensors(path)
 
 
-@quickly(150)
+@quickly(80)
 @given(
     entry=st.fixed_dictionaries(
         {

@@ -163,7 +163,7 @@ def test_import_edge_runtime_loads_nothing_heavy() -> None:
 AGENT = """
 import json, sys
 from pathlib import Path
-import edge_models.bert, edge_runtime.cli  # as `edge-runtime join` has them, the family once a manifest came
+import edge_models.bert, edge_runtime.cli, edge_runtime.join  # what `edge-runtime join` loads; the family comes with a manifest
 from edge_runtime.agent import Agent
 from edge_runtime.hardware import process_memory
 from edge_runtime.local import DataOptions

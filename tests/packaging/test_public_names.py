@@ -49,8 +49,7 @@ def test_another_name_is_an_attribute_error() -> None:
 
 
 def test_every_error_has_an_exit_code_of_its_own_and_says_when() -> None:
-    errors = EdgeError.__subclasses__()
-    codes = [error.exit_code for error in (EdgeError, *errors)]
-    assert len(set(codes)) == len(codes)
-    for error in (EdgeError, *errors):
+    errors: list[type[EdgeError]] = [EdgeError, *EdgeError.__subclasses__()]
+    assert len({error.exit_code for error in errors}) == len(errors)
+    for error in errors:
         assert f"Exit code {error.exit_code}." in (inspect.getdoc(error) or "")
