@@ -50,6 +50,7 @@ STATUS_S = 2.0  # least time between two progress messages
 MAX_IN_FLIGHT = 8
 MAX_ATTEMPTS = 3
 SHRINK = 0.85  # of the memory at which an attempt was killed
+EVENTS_A_TICK = 64
 RETRY_S = 30.0  # after the disk was full or the data could not be read
 MAX_REFUSALS = 3  # by the broker, one after the other
 NICENESS = 5  # of the training process
@@ -78,7 +79,7 @@ class Agent:
         emit: Emit,
         *,
         families: tuple[str, ...],
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.device, self.session, self.transport = device, session, transport
         self.emit, self.clock = emit, clock
@@ -105,9 +106,13 @@ class Agent:
         try:
             while keep_going():
                 event = self.transport.next_event(0.1)
-                while event is not None:
+                for _ in range(EVENTS_A_TICK):
+                    if event is None:
+                        break
                     self.handle(event)
                     event = self.transport.next_event(0.0)
+                if event is not None:
+                    self.handle(event)
                 self.tick()
         finally:
             if self._training:
@@ -138,13 +143,13 @@ class Agent:
     def tick(self) -> None:
         """What is next: chunks, the worker, the model, an offer, a join."""
         now = self.clock()
-        while self.transport.in_flight() < MAX_IN_FLIGHT and (chunk := self.outbox.sender.next_chunk()):
-            self._publish(self.topics.up(self.device, "c"), chunk)
-        if self._training:
-            self._watch_training(self._training)
-        if now < self._retry_at:
-            return
         try:
+            while self.transport.in_flight() < MAX_IN_FLIGHT and (chunk := self.outbox.sender.next_chunk()):
+                self._publish(self.topics.up(self.device, "c"), chunk)
+            if self._training:
+                self._watch_training(self._training)
+            if now < self._retry_at:
+                return
             self._keep_model(now)
             if self.keeper.announced and (offer := self.outbox.due(now)):
                 self._send("offer", offer)
@@ -209,7 +214,7 @@ class Agent:
         round_, manifest = self._round, self.keeper.manifest
         if round_ is None or self._training or self.outbox.pending or (round_.run, round_.round) == self._settled:
             return
-        if manifest is None or manifest.version != round_.model_version:
+        if manifest is None or manifest.version != round_.model_version or not self.keeper.up_to_date:
             return
         if self._joined_at and now - self._joined_at < REPEAT_JOIN_S:
             return
@@ -255,14 +260,18 @@ class Agent:
         manifest = self.keeper.manifest
         if self._training or self.outbox.pending or (grant.run, grant.round) == self._settled:
             return
-        if manifest is None or grant.model_version != manifest.version:
+        if manifest is None or grant.model_version != manifest.version or not self.keeper.up_to_date:
             self._joined_at = 0.0  # the model is still on its way: ask again when it is here
             return
-        could = self.session.could_do(manifest, self.keeper.store, grant.plan.settings)
+        try:
+            could = self.session.could_do(manifest, self.keeper.store, grant.plan.settings)
+        except (EdgeError, OSError) as error:
+            self._decline(grant, str(error))
+            return
         if reason := _impossible(grant.plan, could.rows):
             self._decline(grant, reason)
             return
-        plan = shrink(grant.plan, could.rows, could.budget.memory_bytes)
+        plan = shrink(could.ours(grant.plan), could.rows, could.budget.memory_bytes)
         if plan is None:
             row = grant.plan.chosen
             self._decline(grant, f"the plan does not fit now: {over_budget(row, could.budget, 1)}", row.peak_bytes)
@@ -306,12 +315,17 @@ class Agent:
             return
         except (EdgeError, OSError) as error:
             self._training = None
+            self.session.forget()  # tokenised data that is damaged is made anew for the next round
             self._decline(training.grant, str(error))
             return
         if line and "result" in line:
             self._training = None
             report: TrainReport = from_plain(TrainReport, line["result"]["report"], "report")
-            self.outbox.put(training.grant, report)
+            try:
+                self.outbox.put(training.grant, report)
+            except (EdgeError, OSError) as error:
+                self._decline(training.grant, str(error))
+                return
             self.emit({"event": "trained", "round": training.grant.round, **dataclasses.asdict(report)})
             self._say("sending", force=True)
         elif line:
@@ -319,18 +333,29 @@ class Agent:
             self._say("training", step=line["step"], steps=line["steps"])
 
     def _failed(self, training: Training, error: TrainingFailed) -> None:
-        """Out of memory: the child died, not the device. Try the same depth smaller, then give the plan back."""
+        """The child died, not the device. Killed: the same again, then smaller. Out of memory: smaller. Else given back."""
         out_of_memory = {"reason": str(error), "out_of_memory": error.out_of_memory}
         self.emit({"event": "training-failed", "round": training.grant.round, **out_of_memory})
         promised = training.plan.chosen.peak_bytes
-        if error.out_of_memory and training.attempt < MAX_ATTEMPTS and self.keeper.manifest:
+        try:
+            if self._try_again(training, error, promised):
+                return
+        except (EdgeError, OSError) as problem:
+            error = TrainingFailed(f"{error}; {problem}")
+        self._decline(training.grant, str(error), promised)
+
+    def _try_again(self, training: Training, error: TrainingFailed, promised: int) -> bool:
+        if error.killed and training.attempt == 1:
+            self._start(training.grant, training.plan, self.session.budget().memory_bytes, training.attempt + 1)
+            return True
+        if (error.out_of_memory or error.killed) and training.attempt < MAX_ATTEMPTS and self.keeper.manifest:
             could = self.session.could_do(self.keeper.manifest, self.keeper.store, training.plan.settings)
             smaller_bytes = int(promised * SHRINK)
             smaller = shrink(training.plan, could.rows_within(smaller_bytes), smaller_bytes)
             if smaller:
                 self._start(training.grant, smaller, could.budget.memory_bytes, training.attempt + 1)
-                return
-        self._decline(training.grant, str(error), promised)
+                return True
+        return False
 
     def _stop_training(self, why: str) -> None:
         if self._training:
@@ -372,7 +397,7 @@ class Agent:
 
     def _encode(self, body: Any) -> bytes:
         self._sequence += 1
-        return encode(body, sent_at=self.clock(), boot=self.boot, sequence=self._sequence)
+        return encode(body, sent_at=time.time(), boot=self.boot, sequence=self._sequence)
 
 
 def _impossible(plan: Plan, rows: tuple[CostRow, ...]) -> str:

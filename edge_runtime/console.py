@@ -73,7 +73,10 @@ def run_main(main: Callable[[], int]) -> int:
 
 def note(line: str) -> None:
     """Something a person may want to know, on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    shown = "".join(
+        c if c.isprintable() or c == "\t" else "?" for c in line
+    )  # a device's words must not move the cursor
+    print(shown, file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:

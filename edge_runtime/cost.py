@@ -16,6 +16,7 @@ from edge_runtime.records import Bytes, CostRow, Range, Seconds, TrainSettings
 PADDING = 1.06  # padded tokens per real token with length bucketing, measured on TREC and Debian descriptions
 MARGIN = 1.03  # the promise stands this much above the law, so that a device keeps it,
 HEAP_BYTES = 12 << 20  # and this: holes in the heap, which come and go with the lengths of the texts
+PIECES_BYTES = 8 << 20  # more of them where a batch is cut into pieces of different sizes
 ROUND_BYTES = 1 << 20
 
 
@@ -108,7 +109,8 @@ def cost(
     batch = max(1, min(settings.batch_size, data.num_examples))
     pieces = -(-batch // micro_batch)
     law = law_bytes(spec, depth, checkpointing, micro_batch * data.longest, pieces, settings.optimizer)
-    peak = int((calibration.runtime_bytes + law) * MARGIN + HEAP_BYTES) // ROUND_BYTES * ROUND_BYTES + ROUND_BYTES
+    holes = HEAP_BYTES + (PIECES_BYTES if pieces > 1 else 0)
+    peak = int((calibration.runtime_bytes + law) * MARGIN + holes) // ROUND_BYTES * ROUND_BYTES + ROUND_BYTES
     tokens = batch * min(data.mean_length * PADDING, data.longest)
 
     def seconds(fixed_s: float, per_token_s: float) -> float:

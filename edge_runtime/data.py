@@ -102,6 +102,8 @@ def read_examples(
     if bad_rows not in ("error", "skip"):
         raise UsageError(f"bad_rows is 'error' or 'skip', not {bad_rows!r}")
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe or a device may never end
+        raise DataError(f"{path} is not a regular file: give a file")
     allowed = None if labels is None else frozenset(labels)
     rows: list[Example] = []
     bad: list[BadRow] = []

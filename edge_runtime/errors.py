@@ -46,9 +46,10 @@ class TrainingFailed(EdgeError):
 
     exit_code = 6
 
-    def __init__(self, message: str, *, out_of_memory: bool = False) -> None:
+    def __init__(self, message: str, *, out_of_memory: bool = False, killed: bool = False) -> None:
         super().__init__(message)
         self.out_of_memory = out_of_memory
+        self.killed = killed  # by something else than its limit: the same again may work
 
 
 class ConnectionFailed(EdgeError):

@@ -26,7 +26,7 @@ from edge_runtime.errors import ModelError, UsageError
 from edge_runtime.model import ModelSpec, SplitModel, load_family
 from edge_runtime.optional import require
 from edge_runtime.predict import FORMAT, INPUTS, OUTPUT, open_session, run_session
-from edge_runtime.store import atomic_writer, disk_errors, sync_folder
+from edge_runtime.store import atomic_writer, disk_errors, make_folder, sync_folder
 from edge_runtime.tokenize import Tokenizer, pad
 from edge_runtime.weights import MappedTensor
 
@@ -104,7 +104,7 @@ def export_onnx(
     wanted = _torch_logits(model, batches)
     program = _export(model, spec.max_length)
     with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name[:32]}.") as folder:
             draft = Path(folder) / "model.onnx"
             with atomic_writer(draft, mode=0o644) as file:

@@ -16,7 +16,7 @@ from edge_runtime.agent_log import AgentLog
 from edge_runtime.budget import parse_bytes, parse_seconds
 from edge_runtime.console import note, print_json, until_told_to_stop
 from edge_runtime.credentials import Credentials, DeviceSection, read_credentials
-from edge_runtime.errors import UsageError
+from edge_runtime.errors import DataError, UsageError
 from edge_runtime.session import Session
 from edge_runtime.store import lock_folder
 from edge_runtime.topics import Topics
@@ -54,7 +54,7 @@ def _session(wanted: DeviceSection, cache: Path) -> Session:
         raise UsageError("name this device's examples: --data FILE, or data in the [device] section of the config")
     data = Path(wanted.data)
     if not data.exists():
-        raise UsageError(f"{data} is missing: --data names this device's examples")
+        raise DataError(f"{data} is missing: --data names this device's examples")
     return Session(
         data.absolute(),
         cache,

@@ -6,6 +6,7 @@ trouble (full disk, lost chunks, an evicted blob) it begins again with what is s
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from edge_runtime.store import BlobStore, atomic_writer
 from edge_runtime.transfer import Receiver
 from edge_runtime.wire import Model, Need
 
+MAX_BAD_HASHES = 3
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -34,13 +36,20 @@ class ModelKeeper:
         self.announced: Model | None = None
         self._receiver = Receiver(self.store)
         self._incoming: Manifest | None = None
+        self._bad_hashes = 0
         self._refused: bytes | None = None  # a manifest that this device cannot use: not fetched again and again
+        self._held_blob = b""
         self.manifest = self._load()
 
     @property
     def held(self) -> int:
         """The version held, 0 for none."""
         return self.manifest.version if self.manifest else 0
+
+    @property
+    def up_to_date(self) -> bool:
+        """What is held is what the coordinator announced: the same manifest, not only the same number."""
+        return self.announced is not None and self.announced.manifest == self._held_blob
 
     def announce(self, model: Model) -> None:
         """The coordinator speaks of a version. Versions only grow."""
@@ -60,7 +69,7 @@ class ModelKeeper:
             EdgeError, OSError: the version cannot be used here, or the disk is full. Call `pause` and try again later.
         """
         model = self.announced
-        if model is None or model.version == self.held or model.manifest == self._refused:
+        if model is None or model.manifest in (self._held_blob, self._refused):
             return None
         if self._incoming is None:
             self._receiver.want(model.manifest, model.manifest_bytes, now)
@@ -70,8 +79,14 @@ class ModelKeeper:
 
     def accept(self, blob: bytes, offset: int, data: bytes, now: float) -> None:
         """A chunk came."""
-        if self._receiver.accept(blob, offset, data, now) is False:
-            self._emit({"event": "bad-hash", "blob": blob.hex()})
+        if self._receiver.accept(blob, offset, data, now) is not False:
+            return
+        self._emit({"event": "bad-hash", "blob": blob.hex()})
+        self._bad_hashes += 1
+        if self._bad_hashes >= MAX_BAD_HASHES and self.announced:
+            self._refused, self._bad_hashes = self.announced.manifest, 0
+            self._start_again()
+            raise WireError(f"model {self.announced.version} does not have the hashes it was announced with")
 
     def complete(self) -> bool:
         """Whether the announced version has just become whole; if so, it is ours now and the old tensors are gone."""
@@ -80,7 +95,7 @@ class ModelKeeper:
             return False
         with atomic_writer(self._folder / MANIFEST_FILE) as file:
             file.write(self.store.path(model.manifest).read_bytes())
-        self.manifest, self._incoming = manifest, None
+        self.manifest, self._incoming, self._held_blob = manifest, None, model.manifest
         self.store.keep_only([model.manifest, *manifest.blobs()])
         return True
 
@@ -117,13 +132,19 @@ class ModelKeeper:
 
     def _load(self) -> Manifest | None:
         try:
-            manifest = decode_manifest((self._folder / MANIFEST_FILE).read_bytes())
+            data = (self._folder / MANIFEST_FILE).read_bytes()
+            manifest = decode_manifest(data)
             check_family(manifest, self._families)
         except FileNotFoundError:
             return None
-        except EdgeError as error:
-            self._emit(
-                {"event": "storage-error", "reason": f"the stored model is not usable, it is fetched again: {error}"}
-            )
+        except (EdgeError, OSError) as error:
+            reason = f"the stored model is not usable, it is fetched again: {error}"
+            self._emit({"event": "storage-error", "reason": reason})
             return None
-        return manifest if all(self.store.has(blob) for blob in manifest.blobs()) else None
+        for blob, size in manifest.blobs().items():
+            if self.store.has(blob) and self.store.size(blob) != size:  # cut short by a failing disk
+                self.store.delete(blob)
+        if not all(self.store.has(blob) for blob in manifest.blobs()):
+            return None
+        self._held_blob = hashlib.sha256(data).digest()
+        return manifest

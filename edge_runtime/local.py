@@ -27,11 +27,12 @@ from edge_runtime.source import (
     Checkpoint,
     Source,
     add_update,
+    check_model_folder,
     find_checkpoint,
     open_source,
     save_folder,
 )
-from edge_runtime.store import read_json
+from edge_runtime.store import make_folder, read_json
 from edge_runtime.training.process import Worker, run_worker, wait_for
 from edge_runtime.wire import from_plain, to_plain
 
@@ -210,11 +211,10 @@ def train(
         TrainingFailed: the process ended without a result.
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file: name a folder for the model")
+    check_model_folder(out)
     device = device or Device.measure(speed=False)
     chosen = _chosen(planned, depth)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     scratch = Path(tempfile.mkdtemp(dir=out, prefix=".training."))
     try:
         update = scratch / "update.f32"

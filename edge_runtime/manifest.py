@@ -16,10 +16,9 @@ from edge_runtime.model import EMBED, ModelSpec, TensorSpec, load_family
 from edge_runtime.records import Count, Name, Range, Sha256
 from edge_runtime.store import BlobStore
 from edge_runtime.weights import MappedTensor
-from edge_runtime.wire import pack, unpack_as
+from edge_runtime.wire import MAX_MANIFEST_BYTES, pack, unpack_as
 
 FORMAT = 1
-MAX_MANIFEST_BYTES = 512 << 10  # a 24-block BERT needs about 50 KiB
 MAX_TENSOR_BYTES = 8 << 30
 Dimension = Annotated[int, Range(0, 1 << 40)]
 

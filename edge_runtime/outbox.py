@@ -14,7 +14,7 @@ from typing import Annotated
 
 from edge_runtime.errors import StoreError, WireError
 from edge_runtime.records import Bytes, Count, Name, Range, Seconds, TrainReport
-from edge_runtime.store import BlobStore, read_json, write_json
+from edge_runtime.store import BlobStore, disk_errors, read_json, write_json
 from edge_runtime.transfer import Sender
 from edge_runtime.wire import Grant, Offer, from_plain
 
@@ -77,7 +77,7 @@ class Outbox:
         """Take the draft over: name it by its hash, note it as pending."""
         num_bytes = self.draft.stat().st_size
         blob = self._updates.adopt(self.draft)
-        self.pending = Pending(
+        pending = Pending(
             grant.run,
             grant.round,
             grant.nonce.hex(),
@@ -89,7 +89,8 @@ class Outbox:
             report.first_loss,
             report.last_loss,
         )
-        write_json(self._file, dataclasses.asdict(self.pending))
+        write_json(self._file, dataclasses.asdict(pending))
+        self.pending = pending
         self.hurry()
 
     def due(self, now: float) -> Offer | None:
@@ -107,7 +108,8 @@ class Outbox:
 
     def clear(self) -> None:
         """The update has been dealt with."""
-        self._file.unlink(missing_ok=True)
+        with disk_errors(self._file):
+            self._file.unlink(missing_ok=True)
         self._updates.keep_only([])
         self.sender.clear()
         self.pending = None
@@ -122,7 +124,8 @@ class Outbox:
             pending: Pending | None = from_plain(Pending, raw, "pending") if raw else None
         except (StoreError, WireError) as error:
             self.damaged, pending = str(error), None
-        if pending and self._updates.has(bytes.fromhex(pending.blob)):
+        blob = bytes.fromhex(pending.blob) if pending else b""
+        if pending and self._updates.has(blob) and self._updates.size(blob) == pending.num_bytes:
             self._updates.keep_only([bytes.fromhex(pending.blob)])
             return pending
         self.clear()

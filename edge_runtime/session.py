@@ -6,6 +6,7 @@ and data file stay the same. Runs worker processes; imports no torch.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,12 @@ from pathlib import Path
 from edge_runtime import hardware
 from edge_runtime.budget import memory_budget
 from edge_runtime.calibration import calibrate
-from edge_runtime.cost import Calibration, DataShape
+from edge_runtime.cost import Calibration, DataShape, cost
 from edge_runtime.local import DataOptions, prepare
 from edge_runtime.manifest import Manifest
 from edge_runtime.model import ModelSpec
 from edge_runtime.planner import cost_table
-from edge_runtime.records import Budget, CostRow, DeviceProfile, TrainSettings
+from edge_runtime.records import Budget, CostRow, DeviceProfile, Plan, TrainSettings
 from edge_runtime.source import Checkpoint, Source
 from edge_runtime.store import BlobStore
 
@@ -33,6 +34,14 @@ class CouldDo:
     spec: ModelSpec
     settings: TrainSettings
     calibration: Calibration
+
+    def ours(self, plan: Plan) -> Plan:
+        """A granted plan with the cost that this device computes for it, whatever the grant says."""
+        asked, settings = plan.chosen, plan.settings
+        own = cost(
+            self.spec, self.data, settings, self.calibration, asked.depth, asked.checkpointing, asked.micro_batch
+        )
+        return Plan(own, settings, plan.steps)
 
     def rows_within(self, memory_bytes: int) -> tuple[CostRow, ...]:
         """The table for another memory budget."""
@@ -51,6 +60,12 @@ class Session:
         self._data, self._cache, self._memory, self._options, self._say = data, cache, memory, options, say
         self._time_s, self._upload_bytes = time_s, upload_bytes
         self._made: tuple[object, Path, DataShape, Calibration] | None = None
+
+    def forget(self) -> None:
+        """Make the tokenised data anew when it is next needed: what is on disk may be damaged."""
+        if self._made is not None:
+            shutil.rmtree(self._made[1], ignore_errors=True)
+            self._made = None
 
     def profile(self) -> DeviceProfile:
         """This machine now, without the speed probe."""

@@ -143,10 +143,29 @@ def _own_labels(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str
     return tuple(ordered) if all(isinstance(label, str) and label for label in ordered) else None  # type: ignore[arg-type]
 
 
+def check_model_folder(out: Path) -> None:
+    """Whether a model may be written to `out`: a new or empty folder, or one that holds a model that we wrote.
+
+    Raises:
+        UsageError: it is a file, or a folder with other things in it.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file: name a folder for the model")
+    others = [p.name for p in out.glob("*") if not p.name.startswith(".")] if out.exists() else []
+    if others and '"edge_family"' not in (_text(out / "config.json")):
+        raise UsageError(f"{out} holds other things ({sorted(others)[0]}): name a new folder for the model")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 def save_folder(out: Path, spec: ModelSpec, weights: Mapping[str, MappedTensor], tokenizer: Path) -> None:
     """Write a checkpoint folder that `open_source` and other tools read: config.json, model.safetensors, tokenizer.json."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file: name a folder")
+    check_model_folder(out)
     write_safetensors(out / "model.safetensors", [(t.name, weights[t.name]) for t in spec.tensors])
     with atomic_writer(out / "tokenizer.json", mode=0o644) as file:
         file.write(tokenizer.read_bytes())

@@ -36,6 +36,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def make_folder(folder: Path, *, mode: int = 0o777) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        StoreError: it cannot be made, whatever the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=mode)
+    except OSError as error:
+        raise StoreError(f"cannot write {folder}: {error.strerror}") from error
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename inside `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -49,7 +61,7 @@ def sync_folder(folder: Path) -> None:
 def atomic_writer(path: Path, *, mode: int = 0o600) -> Iterator[IO[bytes]]:
     """Write a file that appears whole or not at all: temporary file, fsync, rename, fsync of the folder."""
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:32]}.")
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -221,7 +233,7 @@ def lock_folder(folder: Path, who: str) -> Iterator[None]:
     import fcntl
 
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(folder, mode=0o700)
         file = (folder / ".lock").open("a")
     try:
         try:

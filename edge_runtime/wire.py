@@ -35,6 +35,7 @@ from edge_runtime.records import (
 
 PROTOCOL = 1
 MAX_CONTROL_BYTES = 16 << 10
+MAX_MANIFEST_BYTES = 512 << 10  # a 24-block BERT needs about 50 KiB
 DEFAULT_TEXT = Range(0, 200)
 DEFAULT_INT = Range(-(1 << 63), (1 << 63) - 1)
 DEFAULT_ITEMS = Range(0, 512)
@@ -68,7 +69,7 @@ class Model:
 
     version: Count
     manifest: Sha256
-    manifest_bytes: Bytes
+    manifest_bytes: Annotated[int, Range(1, MAX_MANIFEST_BYTES)]
     finished: bool  # the run has no further round
 
 
@@ -124,8 +125,8 @@ class Offer:
     num_examples: Annotated[int, Range(1, 1 << 20)]
     train_s: Seconds
     peak_bytes: Bytes
-    first_loss: float
-    last_loss: float
+    first_loss: Annotated[float, Range(-1e6, 1e6)]
+    last_loss: Annotated[float, Range(-1e6, 1e6)]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.errors import ModelError
+from edge_runtime.errors import ModelError, StoreError
 from edge_runtime.model import ModelSpec, TensorSpec
 from edge_runtime.store import BlobStore, atomic_writer
 
@@ -76,7 +76,7 @@ def fold(spec: ModelSpec, partial: Partial | None, updates: Sequence[Update], ou
             if tensor.name not in weights:
                 continue
             if partial and tensor.name in old:
-                total = np.array(np.memmap(partial.path, "<i8", "r", old[tensor.name], tensor.size))
+                total = np.array(_mapped(partial.path, old[tensor.name], tensor.size, "<i8"))
             else:
                 total = np.zeros(tensor.size, np.int64)
             for update in updates:
@@ -99,13 +99,22 @@ def apply(spec: ModelSpec, partial: Partial, base: Mapping[str, Path], store: Bl
         weight = partial.weights.get(tensor.name, 0)
         if not weight:
             continue
-        total = np.memmap(partial.path, "<i8", "r", offsets[tensor.name], tensor.size)
+        total = _mapped(partial.path, offsets[tensor.name], tensor.size, "<i8")
         mean = total.astype(np.float64) / (weight * (1 << SCALE_BITS))
         new = (np.fromfile(base[tensor.name], "<f4").astype(np.float64) + mean).astype("<f4")
         if not np.isfinite(new).all():
             raise ModelError(f"{tensor.name} would not be finite: the model stays as it is")
         changed[tensor.name] = store.put(new.tobytes())
     return changed
+
+
+def _mapped(path: Path, offset: int, size: int, dtype: str) -> Any:
+    import numpy as np
+
+    try:
+        return np.memmap(path, dtype, "r", offset, size)
+    except ValueError:
+        raise StoreError(f"{path} is cut short: the disk has lost bytes that were there") from None
 
 
 def _sum_offsets(spec: ModelSpec, weights: Mapping[str, int]) -> dict[str, int]:
@@ -118,21 +127,20 @@ def _sum_offsets(spec: ModelSpec, weights: Mapping[str, int]) -> dict[str, int]:
 
 
 def _delta(spec: ModelSpec, update: Update, wanted: TensorSpec) -> Array | None:
-    import numpy as np
 
     offset = 0
     for tensor in spec.suffix(update.depth):
         if tensor.name == wanted.name:
-            return np.memmap(update.path, "<f4", "r", offset, tensor.size)
+            found: Array = _mapped(update.path, offset, tensor.size, "<f4")
+            return found
         offset += tensor.num_bytes
     return None
 
 
 def _deltas(spec: ModelSpec, update: Update) -> Sequence[tuple[TensorSpec, Any]]:
-    import numpy as np
 
     offset, found = 0, []
     for tensor in spec.suffix(update.depth):
-        found.append((tensor, np.memmap(update.path, "<f4", "r", offset, tensor.size)))
+        found.append((tensor, _mapped(update.path, offset, tensor.size, "<f4")))
         offset += tensor.num_bytes
     return found

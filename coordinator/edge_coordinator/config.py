@@ -189,11 +189,11 @@ optimizer = "adamw"           # or "sgd": less memory, more rounds
 seed = {seed}
 
 [broker]
-kind = "embedded"             # or "external": your own, see `edge-coordinator mosquitto`
+kind = "embedded"             # or "external": your own, see `edge-coordinator broker`
 host = "127.0.0.1"            # "0.0.0.0" to be reached from other machines
 port = {port}
 announce_host = ""            # the name or address that devices connect to, where it is not `host`
-certfile = ""                 # TLS for the embedded broker: certificate chain and key (PEM)
+certfile = ""                 # TLS for the broker we run: certificate chain and key (PEM)
 keyfile = ""
 ca_file = ""                  # what devices check the broker's certificate against
 """

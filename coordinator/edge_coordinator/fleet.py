@@ -36,6 +36,7 @@ class Fleet:
         self.folder = folder
         self.config: FleetConfig = load_config(folder)
         self.ledger = Ledger(folder / LEDGER_FILE)
+        self._check_name()
         self._own_secret()
 
     def models(self, progress: Callable[[str], None]) -> Models:
@@ -114,6 +115,17 @@ class Fleet:
             with atomic_writer(out) as file:
                 file.write(format_credentials(credentials).encode())
         return credentials
+
+    def _check_name(self) -> None:
+        """The name is part of every device's topics: once devices have it, it cannot change."""
+        known = self.ledger.get("realm")
+        if known is None:
+            self.ledger.put("realm", self.config.realm)
+        elif known != self.config.realm:
+            raise UsageError(
+                f"{self.folder / CONFIG_FILE}: [fleet] name was {known!r} and cannot become {self.config.realm!r}, "
+                "the devices' credentials hold it: put it back, or `edge-coordinator init` another folder"
+            )
 
     def _own_secret(self) -> None:
         path = self.folder / SECRET_FILE

@@ -196,6 +196,10 @@ class Ledger:
         rows = self._rows("SELECT secret FROM devices WHERE device = ? AND revoked = 0", (device,))
         return rows[0]["secret"] if rows else None
 
+    def revoked(self) -> set[str]:
+        """The devices that may not connect any more."""
+        return {row["device"] for row in self.devices() if row["revoked"]}
+
     def devices(self) -> list[dict[str, Any]]:
         """Every device, without its secret."""
         rows = self._rows("SELECT * FROM devices ORDER BY device")

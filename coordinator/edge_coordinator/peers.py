@@ -24,6 +24,8 @@ class Peer:
     status: Status | None = None
     offer: Offer | None = None  # whose blob is being fetched
     bad_hashes: int = 0
+    told_at: float = 0.0  # when its last progress was reported
+    news: int = 0  # changes of mind reported in this round, so that logs stay bounded
     refused: set[str] = field(default_factory=set)  # kinds of bad messages already reported, so that logs stay bounded
 
 

@@ -63,6 +63,7 @@ class Run:
             return None
         members = self.ledger.members(self.name, last["round"]).values()
         committed = self.ledger.contributions(self.name, last["round"])
+        revoked = self.ledger.revoked()
         return rounds.RoundState(
             last["round"],
             last["state"],
@@ -72,7 +73,10 @@ class Run:
             planned=sum(m.plan is not None for m in members),
             committed=len(committed),
             present=present,
-            gave_up=sum(m.status == "gave-up" and m.device not in committed for m in members),
+            gave_up=sum(
+                m.plan is not None and m.device not in committed and (m.status == "gave-up" or m.device in revoked)
+                for m in members
+            ),
         )
 
     def advance(self, now: float, present: int) -> str:
@@ -103,6 +107,13 @@ class Run:
             if last and last["state"] in ("joining", "collecting"):
                 time_s = self.rules.join_timeout_s if last["state"] == "joining" else self.rules.report_timeout_s
                 self.ledger.extend_round(self.name, last["round"], now + time_s)
+            for other in self.ledger.rounds():
+                if other["run"] != self.name and other["state"] not in ("published", "failed"):
+                    reason = f"fleet.toml names another run, {self.name}"
+                    self.ledger.move_round(other["run"], other["round"], other["state"], "failed", now, now, reason)
+                    self._emit(
+                        {"event": "round-failed", "round": other["round"], "reason": f"{other['run']}: {reason}"}
+                    )
         self.models.clean()
         return epoch
 

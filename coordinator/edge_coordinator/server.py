@@ -44,6 +44,11 @@ from edge_runtime.wire import (
 
 MAX_IN_FLIGHT = 16  # messages handed to the transport and not yet taken by the broker
 RETRY_S = 10.0  # after the disk was full
+EVENTS_A_TICK = 64
+HAND_OVER_S = 60.0
+STATUS_EVENT_S = 1.0  # least time between two progress events of one device
+KNOWN_S = 10.0  # after this the ledger is asked again whether a device may speak
+MAX_NEWS = 3  # times that a device's change of mind in one round is reported
 
 
 def down_message() -> bytes:
@@ -72,21 +77,35 @@ class Server:
         self.boot, self._sequence = os.urandom(8), 0
         self._next_attempt = 0.0  # not before this time: after a full disk, and between rounds
         self._connected = False
-        self._known_devices: set[str] = set()
+        self._finished_at = 0.0
+        self._known_devices: dict[str, float] = {}  # when the ledger was last asked
 
     # the loop
 
     def serve(self, keep_going: Callable[[], bool], *, until_finished: bool = False) -> None:
         """Run until told to stop."""
         self.transport.start()
-        while keep_going() and not (until_finished and self.run.finished):
+        while keep_going() and not (until_finished and self._handed_over()):
             event = self.transport.next_event(0.05)
-            while event is not None:
+            for _ in range(EVENTS_A_TICK):  # a device that floods us must not keep the others from their turn
+                if event is None:
+                    break
                 self.handle(event)
                 event = self.transport.next_event(0.0)
+            if event is not None:
+                self.handle(event)
             self.tick()
         self._broadcast("coord", Coordinator("down", self.run.epoch, software()))
         self.transport.stop()
+
+    def _handed_over(self) -> bool:
+        """The run is finished and every device that is online holds its model, or has had a minute to fetch it."""
+        if not self.run.finished:
+            return False
+        self._finished_at = self._finished_at or time.monotonic()
+        newest = self.run.manifest.version
+        held = [p.status.model_version for p in self.peers.all() if p.status and p.status.state == "online"]
+        return all(v == newest for v in held) or time.monotonic() - self._finished_at > HAND_OVER_S
 
     def handle(self, event: Event) -> None:
         """One thing that happened. Whatever a message holds, this returns."""
@@ -129,7 +148,22 @@ class Server:
                     self._answer_member(member, state.number)
         elif happened:
             self._next_attempt = now + self.config.run.pause_s
+            self._turn_away_offers()
             self._announce()
+
+    def _turn_away_offers(self) -> None:
+        """The round has ended: what is still on its way counts no more, and is told so."""
+        for peer in self.peers.all():
+            peer.news = 0
+            if peer.offer:
+                self._too_late(peer, peer.offer)
+
+    def _too_late(self, peer: Peer, offer: Offer) -> None:
+        peer.receiver.cancel(offer.blob)
+        peer.offer = None
+        if offer.blob not in self.ledger.live_blobs():
+            self.models.updates.delete(offer.blob)
+        self._ack(peer.device, offer.run, offer.round, "late", "the round is closed", offer.blob)
 
     # messages
 
@@ -169,6 +203,10 @@ class Server:
         changed = before is None or (before.state, before.model_version) != (status.state, status.model_version)
         if changed:
             self.ledger.seen(peer.device, status.state, status.model_version, status.software, self.clock())
+        now = time.monotonic()
+        if not changed and now - peer.told_at < STATUS_EVENT_S:
+            return
+        peer.told_at = now
         self.emit({"event": "status", "device": peer.device, "state": status.state, "model_version": status.model_version,
                    "activity": status.activity, "round": status.round, "step": status.step, "steps": status.steps})  # fmt: skip
 
@@ -198,6 +236,9 @@ class Server:
             self._ack(peer.device, join.run, join.round, "late", "the round has devices enough")
             return
         fresh = Member(peer.device, "joined" if able else "unable", payload, None, None, join.reason)
+        peer.news += member is None or member.status != fresh.status
+        if peer.news > MAX_NEWS and member is not None:
+            return  # it changes its mind again and again: what it said first stands
         self.run.set_member(state.number, fresh)
         if member is None or member.status != fresh.status:
             self.emit({"event": "joined" if able else "unable", "round": state.number, "device": peer.device, "reason": join.reason,
@@ -279,6 +320,10 @@ class Server:
 
     def _commit(self, peer: Peer, offer: Offer) -> None:
         """The update is whole and durable: check it, write the transaction, and only then say so."""
+        state = self.run.state()
+        if state is None or (offer.run, offer.round, state.state) != (self.run.name, state.number, "collecting"):
+            self._too_late(peer, offer)
+            return
         member = self.ledger.members(self.run.name, offer.round)[peer.device]
         assert member.plan is not None
         depth = unpack_as(Plan, member.plan).chosen.depth
@@ -355,8 +400,11 @@ class Server:
         return encode(body, sent_at=self.clock(), boot=self.boot, sequence=self._sequence)
 
     def _enrolled(self, device: str) -> bool:
-        if device not in self._known_devices:
+        """Asked of the ledger now and then, so that a device which is revoked while connected is heard no more."""
+        now = time.monotonic()
+        if now - self._known_devices.get(device, -KNOWN_S) >= KNOWN_S:
             if self.ledger.secret(device) is None:
+                self._known_devices.pop(device, None)
                 return False
-            self._known_devices.add(device)
+            self._known_devices[device] = now
         return True

@@ -136,7 +136,7 @@ class Worker:
         code = self._process.wait()
         self._stderr.seek(0)
         tail = self._stderr.read()[-2000:].decode(errors="replace").strip().splitlines()
-        killed_by_limit = self._over_limit or (code == -signal.SIGKILL and self.limit_bytes is not None)
+        killed_by_limit = self._over_limit or (self._cgroup is not None and _out_of_memory(self._cgroup))
         self.close()
         if killed_by_limit:
             limit = (self.limit_bytes or 0) / 2**20
@@ -144,7 +144,7 @@ class Worker:
                 f"the training process was killed at its memory limit of {limit:.0f} MiB", out_of_memory=True
             )
         if code < 0:
-            return TrainingFailed(f"the training process was killed by signal {-code}")
+            return TrainingFailed(f"the training process was killed by signal {-code}", killed=True)
         return TrainingFailed(f"the training process ended with code {code}: {tail[-1] if tail else 'no message'}")
 
 
@@ -190,6 +190,17 @@ def _make_cgroup(limit_bytes: int) -> Path | None:
         except OSError:  # v2 without the memory controller delegated to us
             _remove_cgroup(folder)
     return None
+
+
+def _out_of_memory(folder: Path) -> bool:
+    """Whether the kernel has killed something at this cgroup's limit."""
+    for name in ("memory.events", "memory.oom_control"):  # v2, v1
+        try:
+            counts = dict(line.split() for line in (folder / name).read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        return int(counts.get("oom_kill", 0)) > 0
+    return False
 
 
 def _remove_cgroup(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from edge_coordinator.mosquitto import find_mosquitto
@@ -105,4 +106,20 @@ def test_everything_killed_at_once_in_the_middle_of_training(tmp_path: Path, mod
             fleet.kill(name)
         fleet.start_all()
         fleet.wait(fleet.finished)
+    same_as(fleet, reference)
+
+
+@pytest.mark.slow
+def test_a_training_child_killed_alone_is_started_again_with_the_same_plan(
+    tmp_path: Path, model: Path, reference: Reference
+) -> None:
+    with running(Fleet(tmp_path, model, cache=reference.cache)) as fleet:
+        fleet.start_all()
+        fleet.wait(lambda: fleet.events("device-0", "training"))
+        children = psutil.Process(fleet.processes["device-0"].pid).children()
+        assert children
+        children[0].kill()
+        fleet.wait(fleet.finished)
+        (failure,) = fleet.events("device-0", "training-failed")
+    assert not failure["out_of_memory"]
     same_as(fleet, reference)

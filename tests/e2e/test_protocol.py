@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_coordinator.fleet import Fleet as FleetFolder
 from edge_coordinator.models import Models
+from edge_runtime.errors import UsageError
 from edge_runtime.transport import Message
-from edge_runtime.wire import BlobRange, Need, encode_chunk
+from edge_runtime.wire import BlobRange, Need, Status, encode_chunk
 from tests.e2e.local import FakeDevice, World, constant_update, lie, random_hash, rows
 
 ALL = rows(0, 1, 2)
@@ -253,3 +255,60 @@ def test_a_finished_run_keeps_serving_its_model_to_newcomers(tmp_path: Path, mod
     newcomer.send("need", Need((BlobRange(newest[1], 0, 100),)))
     world.step(times=2)
     assert [e for e in newcomer.transport.inbox if isinstance(e, Message) and e.topic.endswith("/dn/c")]
+
+
+def test_an_update_whose_bytes_arrive_after_the_round_ended_is_late_and_never_committed(
+    tmp_path: Path, model: Path
+) -> None:
+    world = World(tmp_path / "f", model)
+    slow = FakeDevice(world, "device-1", table=ALL, serve=False)
+    world.step(FakeDevice(world, "device-0", table=ALL), slow, times=40)
+    world.now += world.fleet.config.run.report_timeout_s + 1
+    world.step(times=3)
+    slow.serve = True
+    world.step(slow, times=20)
+    assert {a.status for a in slow.acks} == {"late"}
+    assert list(world.fleet.ledger.contributions("first", 1)) == ["device-0"]
+    assert world.server.models.updates.used_bytes() == 0
+
+
+def test_a_revoked_device_does_not_hold_its_round(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model)
+    gone = FakeDevice(world, "device-1", table=ALL, serve=False)
+    world.step(FakeDevice(world, "device-0", table=ALL), gone, times=40)
+    assert not finished(world)
+    world.fleet.ledger.revoke("device-1")
+    world.step(times=3)
+    assert world.kinds("round-published")[0]["members"] == ["device-0"]
+
+
+def test_a_device_that_changes_its_mind_for_ever_fills_no_log(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model, devices=3)
+    wavering = FakeDevice(world, "device-1", table=ALL)
+    world.step(wavering)
+    for i in range(200):
+        wavering.table = ALL if i % 2 else ()
+        wavering.join("first", 1)
+        wavering.send("st", Status("online", "test", 1, activity=f"step {i}"))
+    world.step(times=3)
+    assert len(world.kinds("joined")) + len(world.kinds("unable")) <= 4
+    assert len(world.kinds("status")) <= 4
+
+
+def test_a_run_with_another_name_says_that_it_sets_the_open_round_aside(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model)
+    world.step(FakeDevice(world, "device-0", table=ALL), times=10)
+    path = world.folder / "fleet.toml"
+    path.write_text(path.read_text().replace('name = "first"', 'name = "second"'))
+    world.fleet = FleetFolder(world.folder)
+    world.start()
+    assert "second" in world.kinds("round-failed")[0]["reason"]
+    assert world.fleet.ledger.last_round("first")["state"] == "failed"  # type: ignore[index]
+
+
+def test_the_fleets_name_cannot_change_under_its_devices(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model)
+    path = world.folder / "fleet.toml"
+    path.write_text(path.read_text().replace('name = "test"', 'name = "other"'))
+    with pytest.raises(UsageError, match="put it back"):
+        FleetFolder(world.folder)

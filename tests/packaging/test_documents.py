@@ -186,14 +186,14 @@ def test_wire_names_every_message_and_field() -> None:
 
 def test_wire_gives_the_limits_of_the_code() -> None:
     from edge_coordinator.aggregate import MAX_DELTA, MAX_EXAMPLES, MAX_MEMBERS
-    from edge_runtime.manifest import MAX_MANIFEST_BYTES, MAX_TENSOR_BYTES
+    from edge_runtime.manifest import MAX_TENSOR_BYTES
     from edge_runtime.transfer import CREDIT_BYTES, CREDIT_CHUNKS, FIRST_CHUNK_BYTES
     from edge_runtime.transport import MAX_MESSAGE_BYTES
 
     document = text(ROOT / "docs" / "wire.md")
     assert (wire.PROTOCOL, wire.MAX_CONTROL_BYTES, wire.MAX_CHUNK_BYTES) == (1, 16 << 10, 256 << 10)
     assert (CREDIT_BYTES, CREDIT_CHUNKS, FIRST_CHUNK_BYTES) == (4 << 20, 16, 64 << 10)
-    assert (MAX_MANIFEST_BYTES, MAX_TENSOR_BYTES) == (512 << 10, 8 << 30)
+    assert (wire.MAX_MANIFEST_BYTES, MAX_TENSOR_BYTES) == (512 << 10, 8 << 30)
     assert (MAX_MEMBERS, MAX_EXAMPLES, MAX_DELTA) == (2000, 1 << 20, 8.0)
     assert wire.CHUNK_HEADER.size == 4 + 32 + 8 + 4 + 4
     for number in (
