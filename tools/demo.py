@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add("--method", choices=list(METHODS), default="caff", help="(%(default)s)")
     devices = f"a number, or memory limits such as {','.join(DEVICE_LIMITS)} (the default's)"
     add("--devices", default="4", help=devices)
-    add("--rounds", type=int, default=4, help="(%(default)s)")
+    add("--rounds", type=int, default=3, help="(%(default)s)")
     add("--seed", type=int, default=1, help="(%(default)s)")
     add("--alpha", type=float, default=0.5, help="Dirichlet parameter of the split over devices (%(default)s)")
     add("--broker", choices=("amqtt", "mosquitto"), default="amqtt", help="(%(default)s)")
