@@ -51,7 +51,7 @@ def test_two_undisturbed_runs_give_the_same_bits_over_either_broker(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("broker", ["embedded", *BROKERS[1:]])
-def test_a_coordinator_killed_at_every_write_boundary_in_turn(
+def test_a_coordinator_killed_at_ever_later_write_boundaries(
     broker: str, tmp_path: Path, model: Path, reference: Reference
 ) -> None:
     with running(Fleet(tmp_path, model, broker=broker, cache=reference.cache)) as fleet:
@@ -65,7 +65,7 @@ def test_a_coordinator_killed_at_every_write_boundary_in_turn(
 
 
 @pytest.mark.slow
-def test_a_device_killed_at_every_write_boundary_in_turn(tmp_path: Path, model: Path, reference: Reference) -> None:
+def test_a_device_killed_at_ever_later_write_boundaries(tmp_path: Path, model: Path, reference: Reference) -> None:
     with running(Fleet(tmp_path, model, cache=reference.cache)) as fleet:
         fleet.start("coordinator")
         fleet.start("device-1")
