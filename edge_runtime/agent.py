@@ -320,8 +320,8 @@ class Agent:
             return
         if line and "result" in line:
             self._training = None
-            report: TrainReport = from_plain(TrainReport, line["result"]["report"], "report")
             try:
+                report: TrainReport = from_plain(TrainReport, line["result"]["report"], "report")
                 self.outbox.put(training.grant, report)
             except (EdgeError, OSError) as error:
                 self._decline(training.grant, str(error))

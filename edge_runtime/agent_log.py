@@ -11,6 +11,13 @@ from edge_runtime.console import Bar, Sentences, note_event, what_is_trained
 from edge_runtime.planner import mib
 
 SENTENCES: Sentences = {
+    "connected": lambda e: "connected to the broker",
+    "disconnected": lambda e: f"not connected, trying again: {e['reason']}",
+    "old-model": lambda e: (
+        f"the coordinator has model {e['announced']}, this device model {e['held']} already: {e['reason']}"
+    ),
+    "bad-hash": lambda e: f"bytes of the model came damaged ({e['blob'][:12]}): fetching them again",
+    "nothing-fits": lambda e: f"round {e['round']}: this device cannot take part: {e['reason']}",
     "training": lambda e: (
         f"round {e['round']}: training {what_is_trained(e['depth'])}, {e['steps']} steps, "
         f"at most {mib(e['peak_bytes_promised'])}"
@@ -19,12 +26,21 @@ SENTENCES: Sentences = {
         f"round {e['round']}: trained in {e['train_s']:.1f} s, "
         f"peak {mib(e['peak_bytes'])} ({mib(e['promised_peak_bytes'])} promised), loss {e['last_loss']:.3f}"
     ),
+    "training-failed": lambda e: f"round {e['round']}: the training failed: {e['reason']}",
+    "abandoned": lambda e: f"round {e['round']}: the training was stopped: {e['reason']}",
     "committed": lambda e: (
         f"round {e['round']}: the coordinator has the update "
         f"({mib(e['bytes_up'])} sent, {mib(e['bytes_down'])} received so far)"
     ),
+    "rejected": lambda e: f"round {e['round']}: the coordinator refuses the update: {e['reason']}",
+    "late": lambda e: f"round {e['round']}: too late: {e['reason']}",
+    "excluded": lambda e: f"round {e['round']}: no plan for this device: {e['reason']}",
+    "declined": lambda e: f"round {e['round']}: not taking part: {e['reason']}",
     "model": lambda e: f"model {e['model_version']} is here",
     "fetching": lambda e: f"fetching model {e['model_version']}: {mib(e['num_bytes'])}",
+    "bad-message": lambda e: f"a message on {e['topic']} cannot be read: {e['reason']}",
+    "problem": lambda e: f"cannot go on, trying again in 30 s: {e['reason']}",
+    "storage-error": lambda e: f"the disk fails or holds something damaged: {e['reason']}",
 }
 
 

@@ -23,20 +23,26 @@ UNITS = {
     "m": 1 << 20,
     "g": 1 << 30,
 }
+UNIT_NAMES = "B, KB, MB, GB (of 1000), KiB, MiB, GiB or K, M, G (of 1024)"
+LEAST_BYTES = 1 << 20  # a number without a unit below this was meant as megabytes
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*\Z", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int:
-    """ "450MB" -> 450_000_000, "450MiB" -> 471_859_200, "450" -> 450.
+    """ "450MB" -> 450_000_000, "450MiB" -> 471_859_200, "450000000" -> 450_000_000.
 
     Raises:
-        UsageError: it is no size.
+        UsageError: it is no size, or a small number without a unit.
     """
     match = SIZE.match(text)
     unit = UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
-        raise UsageError(f"{text!r} is not a size: write for example 450MB, 1.5GiB or a number of bytes")
+        raise UsageError(
+            f"{text!r} is not a size: write for example 450MB, 1.5GiB or a number of bytes; units are {UNIT_NAMES}"
+        )
     size = float(match[1]) * unit
+    if not match[2] and 0 < size < LEAST_BYTES:
+        raise UsageError(f"{text.strip()[:40]} without a unit is bytes; did you mean {text.strip()[:40]}MB?")
     if size > MAX_BYTES:
         raise UsageError(f"{text[:40]!r} is more than any device has")
     return int(size)
@@ -50,7 +56,7 @@ def parse_seconds(text: str) -> float:
     """
     match = re.match(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*\Z", text)
     if match is None:
-        raise UsageError(f"{text!r} is not a duration: write for example 90s, 15m or 2h")
+        raise UsageError(f"{text!r} is not a duration: write for example 90s, 15m or 2h; units are s, m and h")
     seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
     if seconds > MAX_SECONDS:
         raise UsageError(f"{text[:40]!r} is longer than anybody waits")
@@ -64,7 +70,7 @@ def memory_budget(text: str, profile: DeviceProfile) -> int:
     a size is taken as it is, but never more than is available.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: it is none of them.
     """
     available = profile.memory_available_bytes
     if text == "auto":

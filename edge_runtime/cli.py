@@ -7,6 +7,7 @@ does is in `commands.py`. Imports that, `console` and the defaults that the help
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -22,9 +23,30 @@ _parser = partial(new_parser, exit_codes=EXIT_CODES)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; -> the exit code."""
-    parsed = parser().parse_args(arguments)
+    """Run one command; -> the exit code."""
+    parsed = parse(arguments)
     return run_main(lambda: int(parsed.run(parsed)))
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The call. Texts of `predict` may stand after a flag too, where argparse itself no longer takes them."""
+    top = parser()
+    parsed, left = top.parse_known_args(arguments)
+    if left and (parsed.command != "predict" or any(_is_flag(word) for word in _before_dashes(left))):
+        top.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        parsed.text += [*_before_dashes(left), *left[len(_before_dashes(left)) + 1 :]]
+    return parsed
+
+
+def _before_dashes(words: Sequence[str]) -> Sequence[str]:
+    """What stands before `--`, after which every word is a text."""
+    return words[: words.index("--")] if "--" in words else words
+
+
+def _is_flag(word: str) -> bool:
+    """As argparse sees it: a dash, a number or words in quotes are texts."""
+    return re.fullmatch(r"-[^ ]+", word) is not None and re.fullmatch(r"-\d+|-\d*\.\d+", word) is None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -102,7 +124,7 @@ def _add_join(commands: Commands) -> None:
     join.add_argument("--memory", help="peak memory of training: 450MB, 60%% or auto")
     join.add_argument("--time", help="longest training in one round, for example 15m")
     join.add_argument("--upload", help="most bytes of one update, for example 8MB")
-    join.add_argument("--threads", type=int, help="threads for training (default: all cores)")
+    join.add_argument("--threads", type=_count, help="threads for training (default: all cores)")
     _data_flags(join, defaults=False)
     join.set_defaults(run=do.run_join)
 
@@ -136,10 +158,17 @@ def _add_predict(commands: Commands) -> None:
     predict.add_argument("text", nargs="*", help="texts to classify (default: one for each line of standard input)")
     predict.add_argument("--file", type=Path, help="read one text from each line of this file")
     predict.add_argument("--evaluate", type=Path, metavar="DATA", help="print the accuracy on a labelled file instead")
-    predict.add_argument("--top", type=int, default=1, help="labels to show for each text (%(default)s)")
-    predict.add_argument("--threads", type=int, help="threads (default: physical cores)")
+    predict.add_argument("--top", type=_count, default=1, help="labels to show for each text (%(default)s)")
+    predict.add_argument("--threads", type=_count, help="threads (default: physical cores)")
     _data_flags(predict)
     predict.set_defaults(run=do.run_predict)
+
+
+def _count(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, it is {text!r}")
+    return int(text)
 
 
 def _training_flags(command: argparse.ArgumentParser) -> None:
@@ -157,7 +186,7 @@ def _training_flags(command: argparse.ArgumentParser) -> None:
     add("--memory", default="auto", help=memory)
     add("--time", help="longest training, for example 15m")
     _settings_flags(command)
-    add("--threads", type=int, help="(default: all cores)")
+    add("--threads", type=_count, help="(default: all cores)")
     add("--max-length", type=int, help="tokens after which a text is cut (default: the model's own, at most 128)")
     add("--family", default=DEFAULT_FAMILY, help="module that knows the architecture (%(default)s)")
     add("--new-head", action="store_true", help="forget the checkpoint's own classes")

@@ -210,8 +210,9 @@ def _print_fields(width: int, fields: Sequence[tuple[str, str]]) -> None:
 
 def run_export(args: Namespace) -> int:
     """Write a model as one ONNX file and print how far its logits are from torch's."""
-    from edge_runtime.export import export_onnx
+    from edge_runtime.export import check_file, export_onnx
 
+    check_file(args.out)
     checkpoint = find_checkpoint(args.model, family=args.family, progress=note)
     source = open_source(checkpoint, None, local.cache_folder())
     samples: Sequence[str] = SAMPLES
@@ -234,8 +235,13 @@ def run_predict(args: Namespace) -> int:
     from edge_runtime.data import iter_texts
     from edge_runtime.predict import Predictor
 
-    if args.top < 1:
-        raise UsageError(f"--top must be at least 1, it is {args.top}")
+    given = [
+        name for name, value in (("texts", args.text), ("--file", args.file), ("--evaluate", args.evaluate)) if value
+    ]
+    if len(given) > 1:
+        raise UsageError(
+            f"predict takes texts, --file or --evaluate, not {' and '.join(given)} together: leave out one"
+        )
     if args.evaluate:
         _print_accuracy(args)
         return 0

@@ -63,6 +63,16 @@ class ExportReport:
     num_samples: int
 
 
+def check_file(out: Path) -> None:
+    """Whether a file may be written to `out`.
+
+    Raises:
+        UsageError: it is a folder.
+    """
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder: name the ONNX file to write, for example {out / 'model.onnx'}")
+
+
 def export_onnx(
     spec: ModelSpec,
     tensors: Mapping[str, MappedTensor],
@@ -86,9 +96,10 @@ def export_onnx(
     Raises:
         ModelError: the parts do not fit together, torch cannot export the family, or the logits differ.
         MissingExtra: torch, onnx or onnxscript is not installed.
-        UsageError: there is no sample, or the metadata is not text or takes one of our names.
+        UsageError: `out` is a folder, there is no sample, or the metadata is not text or takes one of our names.
     """
     started = time.monotonic()
+    check_file(out)
     for module in ("torch", "onnx", "onnxscript"):
         require(module, extra="train")
     entries = _entries(spec, tokenizer_json, metadata)

@@ -14,7 +14,7 @@ from typing import Any
 from edge_runtime.errors import EdgeError, WireError
 from edge_runtime.manifest import Manifest, check_family, decode_manifest
 from edge_runtime.source import MANIFEST_FILE, STORE_FOLDER
-from edge_runtime.store import BlobStore, atomic_writer
+from edge_runtime.store import BlobStore, atomic_writer, file_sha256
 from edge_runtime.transfer import Receiver
 from edge_runtime.wire import Model, Need
 
@@ -57,7 +57,7 @@ class ModelKeeper:
             reason = "the fleet was begun anew? remove this device's state folder to follow it"
             self._emit({"event": "old-model", "announced": model.version, "held": self.held, "reason": reason})
         elif self.announced is None or model.manifest != self.announced.manifest:
-            self.announced = model
+            self.announced, self._bad_hashes = model, 0
             self._start_again()
         else:
             self.announced = model
@@ -72,6 +72,8 @@ class ModelKeeper:
         if model is None or model.manifest in (self._held_blob, self._refused):
             return None
         if self._incoming is None:
+            if self.store.has(model.manifest) and file_sha256(self.store.path(model.manifest)) != model.manifest:
+                self.store.delete(model.manifest)  # damaged since it was fetched: it must not pass for a bad version
             self._receiver.want(model.manifest, model.manifest_bytes, now)
             if self.store.has(model.manifest):
                 self._begin(model, now)

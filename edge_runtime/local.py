@@ -19,7 +19,7 @@ from edge_runtime import hardware
 from edge_runtime.budget import memory_budget, parse_bytes, parse_seconds
 from edge_runtime.calibration import calibrate, torch_version, worker_job
 from edge_runtime.cost import DataShape
-from edge_runtime.errors import DoesNotFit, UsageError
+from edge_runtime.errors import DataError, DoesNotFit, UsageError
 from edge_runtime.planner import check_settings, choose, cost_table, make_plan, over_budget
 from edge_runtime.records import Budget, CostRow, DeviceProfile, Plan, TrainReport, TrainSettings
 from edge_runtime.source import (
@@ -169,6 +169,8 @@ def plan(
     prepared = prepare(
         checkpoint, data, cache, options or DataOptions(), holdout=holdout, seed=settings.seed, test=test
     )
+    if len(prepared.labels) < 2:
+        raise DataError(f"{data} has one label, {prepared.labels[0]!r}: a classifier needs examples of two at least")
     source = open_source(checkpoint, prepared.labels, cache)
     progress("measuring this machine with the model")
     calibration = calibrate(source, prepared.data.mean_length, device.threads, cache)

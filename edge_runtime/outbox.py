@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from edge_runtime.errors import StoreError, WireError
+from edge_runtime.errors import EdgeError, StoreError, WireError
 from edge_runtime.records import Bytes, Count, Name, Range, Seconds, TrainReport
 from edge_runtime.store import BlobStore, disk_errors, read_json, write_json
 from edge_runtime.transfer import Sender
-from edge_runtime.wire import Grant, Offer, from_plain
+from edge_runtime.wire import Grant, Offer, from_plain, to_plain
 
 PAUSE_S = (10.0, 120.0)  # between offers: first and longest
 PENDING_FILE = "pending.json"
@@ -74,22 +74,32 @@ class Outbox:
         self.pending = self._load()
 
     def put(self, grant: Grant, report: TrainReport) -> None:
-        """Take the draft over: name it by its hash, note it as pending."""
-        num_bytes = self.draft.stat().st_size
-        blob = self._updates.adopt(self.draft)
-        pending = Pending(
-            grant.run,
-            grant.round,
-            grant.nonce.hex(),
-            blob.hex(),
-            num_bytes,
-            report.num_examples,
-            report.train_s,
-            report.peak_bytes,
-            report.first_loss,
-            report.last_loss,
-        )
-        write_json(self._file, dataclasses.asdict(pending))
+        """Take the draft over: name it by its hash, note it as pending.
+
+        Raises:
+            StoreError, OSError, WireError: the disk is full, or no coordinator would take such an offer. Nothing of it
+                stays on disk then.
+        """
+        try:
+            num_bytes = self.draft.stat().st_size
+            blob = self._updates.adopt(self.draft)
+            pending = Pending(
+                grant.run,
+                grant.round,
+                grant.nonce.hex(),
+                blob.hex(),
+                num_bytes,
+                report.num_examples,
+                report.train_s,
+                report.peak_bytes,
+                report.first_loss,
+                report.last_loss,
+            )
+            from_plain(Offer, to_plain(pending.offer()), "offer")  # one that nobody can read is never answered
+            write_json(self._file, dataclasses.asdict(pending))
+        except (EdgeError, OSError):
+            self._updates.keep_only([])  # a full disk has no room for what nobody will be offered
+            raise
         self.pending = pending
         self.hurry()
 
@@ -122,11 +132,11 @@ class Outbox:
         try:
             raw = read_json(self._file)
             pending: Pending | None = from_plain(Pending, raw, "pending") if raw else None
-        except (StoreError, WireError) as error:
-            self.damaged, pending = str(error), None
-        blob = bytes.fromhex(pending.blob) if pending else b""
+            blob = pending.offer().blob if pending else b""
+        except (StoreError, WireError, ValueError) as error:  # ValueError: what should be hex is not
+            self.damaged, pending, blob = f"the stored update is not usable: {error}", None, b""
         if pending and self._updates.has(blob) and self._updates.size(blob) == pending.num_bytes:
-            self._updates.keep_only([bytes.fromhex(pending.blob)])
+            self._updates.keep_only([blob])
             return pending
         self.clear()
         return None

@@ -85,10 +85,15 @@ class Predictor:
 
         Raises:
             ModelError: the network fails on its own tokenizer's numbers, or gives something that is not a number.
-            UsageError: `texts` is a single text.
+            UsageError: `texts` is a single text, or one of them is no text.
         """
         if isinstance(texts, str):
             raise UsageError("predict wants a list of texts, it got one text: predict([text])")
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UsageError(
+                    f"predict wants a list of texts, number {i} (from 0) is {type(text).__name__}, not str"
+                )
         found: list[Prediction] = []
         for start in range(0, len(texts), WINDOW_TEXTS):
             found += self._window(texts[start : start + WINDOW_TEXTS])

@@ -14,13 +14,15 @@ from typing import Any
 
 from edge_runtime.errors import ModelError, UsageError
 from edge_runtime.manifest import Manifest, check_family, decode_manifest
-from edge_runtime.model import ModelSpec, load_family
+from edge_runtime.model import ConfigValue, ModelSpec, load_family
 from edge_runtime.optional import require
 from edge_runtime.store import BlobStore, atomic_writer, write_json
 from edge_runtime.weights import MappedTensor, write_safetensors
 
 DEFAULT_FAMILY = "edge_models.bert"
 DEFAULT_MAX_LENGTH = 128
+MIN_LENGTH = 3  # tokens: one of the text between the two that most tokenizers add
+MAX_LENGTH = 1 << 17
 MANIFEST_FILE = "model.msgpack"  # in an agent's folder: the manifest of the newest version it holds whole
 STORE_FOLDER = "store"
 
@@ -61,6 +63,7 @@ def find_checkpoint(
         new_head: forget the head that the checkpoint may have, for a task with other classes.
 
     Raises:
+        UsageError: max_length is not one that the model has, or `family` is no family's module.
         ModelError: there is no such model, or it is damaged.
     """
     folder = resolve(reference, progress)
@@ -68,21 +71,33 @@ def find_checkpoint(
         manifest = decode_manifest((folder / MANIFEST_FILE).read_bytes())
         tokenizer = BlobStore(folder / STORE_FOLDER).path(manifest.tokenizer)
         labels = None if new_head else manifest.labels
-        return Checkpoint(folder, tokenizer, max_length or manifest.max_length, labels, manifest.family, manifest)
-    config, weights = load_family(family).open_folder(folder)
+        length = _length(max_length, manifest.spec.config, manifest.max_length)
+        return Checkpoint(folder, tokenizer, length, labels, manifest.family, manifest)
+    try:
+        module = load_family(family)
+    except ModelError as error:  # not the checkpoint's fault: somebody named this module
+        raise UsageError(str(error)) from None
+    config, weights = module.open_folder(folder)
     raw = json.loads((folder / "config.json").read_bytes())
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.exists():
         raise ModelError(
             f"{folder} has no tokenizer.json: save the tokenizer in the `tokenizers` format beside the model"
         )
-    length = (
-        max_length
-        or raw.get("edge_max_length")
-        or min(DEFAULT_MAX_LENGTH, int(config.get("max_position_embeddings", DEFAULT_MAX_LENGTH)))
+    own_length = raw.get("edge_max_length") or min(
+        DEFAULT_MAX_LENGTH, int(config.get("max_position_embeddings", DEFAULT_MAX_LENGTH))
     )
+    length = _length(max_length, config, own_length)
     labels = None if new_head else _own_labels(raw, {name: t.shape for name, t in weights.items()})
     return Checkpoint(folder, tokenizer, length, labels, family)
+
+
+def _length(asked: int | None, config: Mapping[str, ConfigValue], own_length: int) -> int:
+    """The max_length that was asked for, if the model has so many positions, else its own."""
+    longest = int(config.get("max_position_embeddings", MAX_LENGTH))
+    if asked is not None and not MIN_LENGTH <= asked <= longest:
+        raise UsageError(f"max_length must be from {MIN_LENGTH} to the model's {longest} positions, it is {asked}")
+    return own_length if asked is None else asked
 
 
 def open_source(checkpoint: Checkpoint, labels: Sequence[str] | None, scratch: Path) -> Source:

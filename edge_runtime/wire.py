@@ -35,6 +35,7 @@ from edge_runtime.records import (
 
 PROTOCOL = 1
 MAX_CONTROL_BYTES = 16 << 10
+MAX_JOIN_BYTES = 64 << 10  # its cost table: two rows a block, of at most 116 bytes each; 255 blocks fit in any case
 MAX_MANIFEST_BYTES = 512 << 10  # a 24-block BERT needs about 50 KiB
 DEFAULT_TEXT = Range(0, 200)
 DEFAULT_INT = Range(-(1 << 63), (1 << 63) - 1)
@@ -95,7 +96,7 @@ class Join:
     boot: Annotated[bytes, Range(8, 8)]
     num_examples: Annotated[int, Range(0, 1 << 20)]
     budget: Budget
-    table: Annotated[tuple[CostRow, ...], Range(0, 256)]
+    table: Annotated[tuple[CostRow, ...], Range(0, 1024)]
     needs_bytes: Bytes = 0  # the least memory any row needs, for a device where none fits
     reason: Reason = ""  # why it cannot take part, if it cannot
 
@@ -200,9 +201,14 @@ def encode(body: Any, *, sent_at: float, boot: bytes, sequence: int) -> bytes:
     }
     # a reason may quote a file name that is no UTF-8: that must not keep the message from being sent
     data: bytes = msgpack.packb(fields, use_bin_type=True, unicode_errors="replace")
-    if len(data) > MAX_CONTROL_BYTES:
-        raise WireError(f"a {fields['t']} message of {len(data)} bytes is over the limit of {MAX_CONTROL_BYTES}")
+    if len(data) > (limit := limit_bytes(KINDS[type(body)])):
+        raise WireError(f"a {fields['t']} message of {len(data)} bytes is over the limit of {limit}")
     return data
+
+
+def limit_bytes(kind: str) -> int:
+    """The longest control message of a kind."""
+    return MAX_JOIN_BYTES if kind == "join" else MAX_CONTROL_BYTES
 
 
 def decode(data: bytes, kind: str) -> Envelope:
@@ -211,7 +217,7 @@ def decode(data: bytes, kind: str) -> Envelope:
     Raises:
         WireError: it is too large, not msgpack, of another version or kind, or a field is missing or out of bounds.
     """
-    fields = unpack(data, MAX_CONTROL_BYTES)
+    fields = unpack(data, limit_bytes(kind))
     if not isinstance(fields, dict):
         raise WireError("a control message must be a map")
     version, named = fields.get("v"), fields.get("t")

@@ -32,12 +32,13 @@ from edge_runtime.errors import UsageError
 from edge_runtime.store import lock_folder
 from edge_runtime.topics import COORDINATOR, Topics
 from edge_runtime.transport import MqttTransport, Will
+from edge_runtime.version import software
 
 _parser = partial(new_parser, exit_codes=(0, 2, 3, 4, 7, 8, 10, INTERRUPTED))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; -> the exit code."""
+    """Run one command; -> the exit code."""
     parsed = parser().parse_args(arguments)
     return run_main(lambda: int(parsed.run(parsed)))
 
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         "edge-coordinator serve --fleet my-fleet",
         "edge-coordinator models --fleet my-fleet --export 11 --out best",
     )
+    top.add_argument("--version", action="version", version=f"edge-coordinator {software()}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_init, _add_enroll, _add_serve, _add_broker, _add_devices, _add_runs, _add_models):
         add(commands)
@@ -156,7 +158,7 @@ def _add_models(commands: Commands) -> None:
         "edge-coordinator models --fleet my-fleet --export 11 --out best",
     )
     models.add_argument("--export", type=int, metavar="VERSION", help="write this version to --out")
-    models.add_argument("--out", type=Path)
+    models.add_argument("--out", type=Path, help="folder for the checkpoint of --export")
     _fleet_flag(models)
     models.set_defaults(run=run_models)
 
@@ -167,6 +169,8 @@ def _fleet_flag(command: argparse.ArgumentParser) -> None:
 
 def run_init(args: argparse.Namespace) -> int:
     """Make the fleet's folder and its fleet.toml, with the classes from --labels or a labelled file."""
+    if args.labels and args.labels_from:
+        raise UsageError("--labels and --labels-from both name the classes: leave out one")
     labels: Sequence[str] = [label.strip() for label in args.labels.split(",")] if args.labels else ()
     if args.labels_from:
         labels = labels_of(args.labels_from, args.text_column, args.label_column)
@@ -185,11 +189,13 @@ def run_init(args: argparse.Namespace) -> int:
 
 
 def run_enroll(args: argparse.Namespace) -> int:
-    """Enrol each device and write the file that lets it in."""
+    """Enrol the devices, all or none, and write the files that let them in."""
     fleet = Fleet(args.fleet)
-    for device in args.device:
-        out = (args.out or args.fleet / "devices") / f"{device}.toml"
-        fleet.enroll(device, out, renew=args.renew, host=args.host)
+    files = {device: (args.out or args.fleet / "devices") / f"{device}.toml" for device in args.device}
+    if len(files) < len(args.device):
+        raise UsageError("a device is named twice: name each once")
+    fleet.enroll_all(files, renew=args.renew, host=args.host)
+    for device, out in files.items():
         if args.json:
             print_json({"device": device, "config": str(out)})
         else:
@@ -285,7 +291,7 @@ def run_devices(args: argparse.Namespace) -> int:
     fleet = Fleet(args.fleet)
     if args.revoke:
         fleet.ledger.revoke(args.revoke)
-        note(f"{args.revoke} is refused at its next connection")
+        note(f"{args.revoke} is refused from now on; the broker ends its connection within 10 seconds")
     rows = fleet.ledger.devices()
     if args.json:
         print_json(rows)
@@ -310,6 +316,8 @@ def run_runs(args: argparse.Namespace) -> int:
 def run_models(args: argparse.Namespace) -> int:
     """List the model versions; with --export write one as a checkpoint folder instead."""
     fleet = Fleet(args.fleet)
+    if args.out is not None and args.export is None:
+        raise UsageError("--out is the folder for --export VERSION: name the version")
     if args.export is not None:
         if args.out is None:
             raise UsageError("--export needs --out FOLDER")

@@ -15,6 +15,7 @@ from typing import Any
 from edge_runtime.errors import UsageError
 from edge_runtime.planner import check_settings
 from edge_runtime.records import TrainSettings
+from edge_runtime.source import MAX_LENGTH, MIN_LENGTH
 from edge_runtime.topics import check_id
 
 if sys.version_info >= (3, 11):
@@ -102,7 +103,7 @@ def load_config(folder: Path) -> FleetConfig:
         model=_section(ModelSection, raw, "model", path),
         run=_section(RunSection, raw, "run", path),
         train=check_settings(_section(TrainSettings, raw, "train", path)),
-        broker=_section(BrokerSection, raw, "broker", path),
+        broker=_beside(_section(BrokerSection, raw, "broker", path), folder),
         folder=folder,
     )
     _check(config, path)
@@ -132,6 +133,17 @@ def _section(cls: type[Any], raw: dict[str, Any], name: str, path: Path) -> Any:
     return cls(**found)
 
 
+def _beside(broker: BrokerSection, folder: Path) -> BrokerSection:
+    """With its files as absolute paths: a relative one is taken from the folder of fleet.toml."""
+
+    def whole(path: str) -> str:
+        return str((folder / path).absolute()) if path else ""
+
+    return dataclasses.replace(
+        broker, ca_file=whole(broker.ca_file), certfile=whole(broker.certfile), keyfile=whole(broker.keyfile)
+    )
+
+
 def _check(config: FleetConfig, path: Path) -> None:
     run, model = config.run, config.model
     from edge_coordinator.methods import METHODS
@@ -150,6 +162,10 @@ def _check(config: FleetConfig, path: Path) -> None:
         raise UsageError(f"{path}: [model] labels must name at least two different classes")
     if len(model.labels) > 4096 or max(map(len, model.labels)) > 200:
         raise UsageError(f"{path}: [model] labels may be 4096 classes, each of at most 200 characters")
+    if not MIN_LENGTH <= model.max_length <= MAX_LENGTH:
+        raise UsageError(
+            f"{path}: [model] max_length must be from {MIN_LENGTH} to {MAX_LENGTH}, it is {model.max_length}"
+        )
     if config.broker.kind not in ("embedded", "external"):
         raise UsageError(f"{path}: [broker] kind must be embedded or external, it is {config.broker.kind!r}")
     if not 0 <= config.broker.port <= 65535:
@@ -193,7 +209,7 @@ kind = "embedded"             # or "external": your own, see `edge-coordinator b
 host = "127.0.0.1"            # "0.0.0.0" to be reached from other machines
 port = {port}
 announce_host = ""            # the name or address that devices connect to, where it is not `host`
-certfile = ""                 # TLS for the broker we run: certificate chain and key (PEM)
+certfile = ""                 # TLS for the broker we run: certificate chain and key (PEM), paths from this folder
 keyfile = ""
 ca_file = ""                  # what devices check the broker's certificate against
 """

@@ -7,9 +7,10 @@ Imports config, ledger and models; opens no network.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from edge_coordinator.config import CONFIG_FILE, TEMPLATE, FleetConfig, load_config
@@ -19,9 +20,9 @@ from edge_coordinator.models import Models
 from edge_coordinator.secrets import hash_secret, new_secret, verify_secret
 from edge_runtime.credentials import Credentials, format_credentials, toml_text
 from edge_runtime.data import read_examples
-from edge_runtime.errors import UsageError
+from edge_runtime.errors import DataError, UsageError
 from edge_runtime.records import TrainSettings
-from edge_runtime.store import atomic_writer
+from edge_runtime.store import atomic_writer, disk_errors, sync_folder
 from edge_runtime.topics import COORDINATOR, check_id
 
 SECRET_FILE = "coordinator.secret"
@@ -96,25 +97,38 @@ class Fleet:
         Raises:
             UsageError: the name is no id, is taken, or the file exists already.
         """
-        if check_id("device", device) == COORDINATOR:
-            raise UsageError(f"no device may be called {COORDINATOR}")
-        if out.exists() and not renew:
-            raise UsageError(f"{out} exists already: --renew replaces it and its secret")
-        secret = new_secret()
-        broker = self.config.broker
+        return self.enroll_all({device: out}, renew=renew, host=host)[0]
+
+    def enroll_all(
+        self, files: Mapping[str, Path], *, renew: bool = False, host: str | None = None
+    ) -> list[Credentials]:
+        """Give each device its file, or none of them anything. Args: files: by device.
+
+        Raises:
+            UsageError: as `enroll`, for the first device that is wrong.
+        """
+        for device, out in files.items():
+            if check_id("device", device) == COORDINATOR:
+                raise UsageError(f"no device may be called {COORDINATOR}")
+            if out.exists() and not renew:
+                raise UsageError(f"{out} exists already: --renew replaces it and its secret")
+            if out.is_dir():
+                raise UsageError(f"{out} is a folder: remove it, or name another place with --out")
+        made = [self._credentials(device, host) for device in files]
+        with self.ledger.transaction():
+            for one in made:
+                if renew:
+                    self.ledger.renew(one.device, hash_secret(one.secret))
+                else:
+                    self.ledger.enroll(one.device, hash_secret(one.secret), time.time())
+            _write_all({files[one.device]: format_credentials(one).encode() for one in made})
+        return made
+
+    def _credentials(self, device: str, host: str | None) -> Credentials:
+        broker, secret = self.config.broker, new_secret()
         announced = host or broker.announce_host or self.broker_address()[0]
         ca_file = str(Path(broker.ca_file).absolute()) if broker.ca_file else ""
-        credentials = Credentials(
-            self.config.realm, device, secret, announced, broker.port, ca_file, self.config.model.family
-        )
-        with self.ledger.transaction():
-            if renew:
-                self.ledger.renew(device, hash_secret(secret))
-            else:
-                self.ledger.enroll(device, hash_secret(secret), time.time())
-            with atomic_writer(out) as file:
-                file.write(format_credentials(credentials).encode())
-        return credentials
+        return Credentials(self.config.realm, device, secret, announced, broker.port, ca_file, self.config.model.family)
 
     def _check_name(self) -> None:
         """The name is part of every device's topics: once devices have it, it cannot change."""
@@ -136,6 +150,24 @@ class Fleet:
             self.secret(), self.ledger.get("coordinator_secret") or ""
         ):  # new, or killed between the two
             self.ledger.put("coordinator_secret", hash_secret(self.secret()))
+
+
+def _write_all(files: Mapping[Path, bytes]) -> None:
+    """Write files that appear once all of them are on the disk, or not at all."""
+    drafts = {out: out.with_name(f".{out.name}.new") for out in files}
+    try:
+        for out, data in files.items():
+            with atomic_writer(drafts[out]) as file:
+                file.write(data)
+        for out, draft in drafts.items():
+            with disk_errors(out):
+                draft.replace(out)
+    finally:
+        for draft in drafts.values():
+            with contextlib.suppress(OSError):
+                draft.unlink()
+    for folder in {out.parent for out in files}:
+        sync_folder(folder)
 
 
 def init(
@@ -193,5 +225,12 @@ def init(
 
 
 def labels_of(data: Path, text_column: str, label_column: str) -> tuple[str, ...]:
-    """The labels of a data file, for fleet.toml."""
-    return read_examples(data, text_column=text_column, label_column=label_column, bad_rows="skip").labels
+    """The labels of a data file, for fleet.toml.
+
+    Raises:
+        DataError: it cannot be read, or has one label alone.
+    """
+    labels = read_examples(data, text_column=text_column, label_column=label_column, bad_rows="skip").labels
+    if len(labels) < 2:
+        raise DataError(f"{data} has one label, {labels[0]!r}: a classifier needs examples of two at least")
+    return labels

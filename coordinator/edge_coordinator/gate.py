@@ -34,6 +34,7 @@ from edge_runtime.topics import COORDINATOR
 
 Lookup = Callable[[str], "str | None"]
 
+RECHECK_S = 10.0  # after this the lookup is asked again whether a connected client may stay
 PENDING_CONNECTIONS = 128  # not authenticated yet; one more drops the oldest
 DEVICE_BACKLOG_BYTES = 8 << 20  # twice the credit of 4 MiB that one transfer may have in flight
 COORDINATOR_BACKLOG_BYTES = 64 << 20
@@ -102,6 +103,17 @@ class Gate:
         if connection is not None:
             connection.abort("asked to")
 
+    def _drop_revoked(self) -> None:
+        """Ends the connections of users that may not log in any more."""
+        for user in list(self._rules.connections):
+            try:
+                revoked = self._lookup(user) is None
+            except Exception:  # the caller's, as in `_verdict`: who is in stays in
+                _log.exception("the lookup of %s failed", user)
+                return
+            if revoked:
+                self.drop(user)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -169,10 +181,14 @@ class Gate:
             _log.warning("amqtt gave up on %s: %r", connection, session.exception())
 
     async def _watch(self) -> None:
-        """Once a second: the clocks of each client and the sum of all backlogs."""
+        """Once a second: the clocks of each client and the sum of all backlogs; now and then who was revoked."""
+        checked_s = time.monotonic()
         while True:
             await asyncio.sleep(1.0)
             now_s = time.monotonic()
+            if now_s - checked_s >= RECHECK_S:
+                checked_s = now_s
+                self._drop_revoked()
             connected = list(self._rules.connections.values())
             for connection in [*self._pending, *connected]:
                 connection.check_clocks(now_s)

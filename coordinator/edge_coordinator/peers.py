@@ -43,6 +43,10 @@ class Peers:
             self._peers[device] = Peer(device, Sender(self._models), Receiver(self._updates))
         return self._peers[device]
 
+    def forget(self, device: str) -> None:
+        """It was revoked: it is not there any more, whatever it said last."""
+        self._peers.pop(device, None)
+
     def online(self) -> list[str]:
         """Devices that are there now."""
         return [p.device for p in self._peers.values() if p.status and p.status.state == "online"]

@@ -32,7 +32,7 @@ class RoundState:
 
     number: int
     state: State
-    deadline: float  # of the present phase, in the coordinator's clock (Unix seconds)
+    deadline: float  # of the present phase, in the coordinator's clock
     joined: int = 0  # devices that could train something
     unable: int = 0  # devices that answered that they cannot, or that the method left out
     planned: int = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,9 @@ class Run:
     Attributes:
         manifest, manifest_blob: the newest model version and the hash of its manifest.
         epoch: counts the starts of this fleet's coordinator.
+
+    `now` is the server's clock, which nobody sets: it decides when a phase ends. The ledger keeps Unix seconds, for people
+    and for the next start, which gives an open phase its whole time again.
     """
 
     def __init__(self, config: FleetConfig, ledger: Ledger, models: Models, emit: Emit, now: float) -> None:
@@ -48,6 +52,7 @@ class Run:
         admit = min(MAX_MEMBERS, math.ceil(config.run.goal * config.run.overselection))
         timeouts = (config.run.join_timeout_s, config.run.report_timeout_s)
         self.rules = rounds.Rules(config.run.goal, config.run.quorum, admit, *timeouts)
+        self._deadline = now  # of the newest round's phase, by the server's clock
         self.epoch = self._resume(now)
 
     @property
@@ -67,7 +72,7 @@ class Run:
         return rounds.RoundState(
             last["round"],
             last["state"],
-            last["deadline"],
+            self._deadline,
             joined=sum(m.status in ("joined", "planned") for m in members),
             unable=sum(m.status in ("unable", "excluded") for m in members),
             planned=sum(m.plan is not None for m in members),
@@ -88,9 +93,9 @@ class Run:
         if wanted == "collecting" and state.state == "joining":
             return self._plan(state, now)
         if wanted == "failed":
-            return self._fail(state, now)
+            return self._fail(state)
         if wanted == "closing":
-            return self._close(state, now)
+            return self._close(state)
         return ""
 
     def set_member(self, number: int, member: Member) -> None:
@@ -106,11 +111,12 @@ class Run:
             last = self.ledger.last_round(self.name)
             if last and last["state"] in ("joining", "collecting"):
                 time_s = self.rules.join_timeout_s if last["state"] == "joining" else self.rules.report_timeout_s
-                self.ledger.extend_round(self.name, last["round"], now + time_s)
+                self._deadline = now + time_s
+                self.ledger.extend_round(self.name, last["round"], time.time() + time_s)
             for other in self.ledger.rounds():
                 if other["run"] != self.name and other["state"] not in ("published", "failed"):
                     reason = f"fleet.toml names another run, {self.name}"
-                    self.ledger.move_round(other["run"], other["round"], other["state"], "failed", now, now, reason)
+                    self._end_round(other["run"], other["round"], other["state"], "failed", reason)
                     self._emit(
                         {"event": "round-failed", "round": other["round"], "reason": f"{other['run']}: {reason}"}
                     )
@@ -119,8 +125,10 @@ class Run:
 
     def _open(self, number: int, now: float) -> str:
         opened = rounds.opened(number, self.rules, now)
+        today = time.time()
         with self.ledger.transaction():
-            self.ledger.open_round(self.name, number, self.manifest.version, opened.deadline, now)
+            self.ledger.open_round(self.name, number, self.manifest.version, today + self.rules.join_timeout_s, today)
+        self._deadline = opened.deadline
         version = self.manifest.version
         self._emit({"event": "round-opened", "run": self.name, "round": number, "model_version": version})
         return "opened"
@@ -140,18 +148,21 @@ class Run:
             plan = make_plan(choice.row, DataShape(joins[device].num_examples, 0, 0.0), settings)
             planned.append(replace(members[device], status="planned", nonce=os.urandom(16), plan=pack(plan)))
         after = rounds.collecting(state, self.rules, sum(m.plan is not None for m in planned), now)
+        today = time.time()
         with self.ledger.transaction():
-            self.ledger.move_round(self.name, state.number, "joining", "collecting", after.deadline, now)
+            until = today + self.rules.report_timeout_s
+            self.ledger.move_round(self.name, state.number, "joining", "collecting", until, today)
             for member in planned:
                 self.ledger.set_member(self.name, state.number, member)
+        self._deadline = after.deadline
         counts = {"planned": after.planned, "members": len(members)}
         self._emit({"event": "round-planned", "round": state.number, **counts})
         return "planned"
 
-    def _close(self, state: rounds.RoundState, now: float) -> str:
+    def _close(self, state: rounds.RoundState) -> str:
         """closing -> published."""
         if state.state == "collecting":
-            self.ledger.move_round(self.name, state.number, "collecting", "closing", state.deadline, now)
+            self.ledger.move_round(self.name, state.number, "collecting", "closing", time.time(), time.time())
         committed = self.ledger.contributions(self.name, state.number)
         partial = self.models.fold(self.name, state.number, self.manifest, committed)
         assert partial is not None, "a round closes with at least one contribution"
@@ -161,19 +172,23 @@ class Run:
         loss = sum(c.num_examples * c.metrics["last_loss"] for c in committed.values()) / examples
         metrics = {"members": sorted(committed), "num_examples": examples, "mean_loss": round(loss, 5)}
         with self.ledger.transaction():
-            self.ledger.move_round(self.name, state.number, "closing", "published", now, now)
-            self.ledger.add_model(manifest.version, blob, self.name, state.number, metrics, now)
+            self._end_round(self.name, state.number, "closing", "published")
+            self.ledger.add_model(manifest.version, blob, self.name, state.number, metrics, time.time())
         self.manifest, self.manifest_blob = manifest, blob
         self._emit({"event": "round-published", "round": state.number, "model_version": manifest.version, **metrics})
         return self._ended("published")
 
-    def _fail(self, state: rounds.RoundState, now: float) -> str:
+    def _fail(self, state: rounds.RoundState) -> str:
         of = state.planned or state.joined
         reason = f"{state.committed} of {of} devices reported, the quorum is {self.rules.quorum}"
         with self.ledger.transaction():
-            self.ledger.move_round(self.name, state.number, state.state, "failed", now, now, reason)
+            self._end_round(self.name, state.number, state.state, "failed", reason)
         self._emit({"event": "round-failed", "round": state.number, "reason": reason})
         return self._ended("failed")
+
+    def _end_round(self, run: str, number: int, old: str, new: str, reason: str = "") -> None:
+        today = time.time()
+        self.ledger.move_round(run, number, old, new, today, today, reason)
 
     def _ended(self, how: str) -> str:
         self.models.clean()

@@ -67,8 +67,9 @@ class Server:
         transport: Transport,
         emit: Emit,
         *,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Args: clock: what deadlines and waiting go by, so that setting the machine's time moves none of them."""
         self.config, self.ledger, self.models = config, ledger, models
         self.transport, self.emit, self.clock = transport, emit, clock
         self.run = Run(config, ledger, models, emit, clock())
@@ -104,8 +105,9 @@ class Server:
             return False
         self._finished_at = self._finished_at or time.monotonic()
         newest = self.run.manifest.version
-        held = [p.status.model_version for p in self.peers.all() if p.status and p.status.state == "online"]
-        return all(v == newest for v in held) or time.monotonic() - self._finished_at > HAND_OVER_S
+        # of the ledger, since a coordinator that was killed meanwhile and started again has not heard from them yet
+        online = [d for d in self.ledger.devices() if d["state"] == "online" and not d["revoked"]]
+        return all(d["model_version"] == newest for d in online) or time.monotonic() - self._finished_at > HAND_OVER_S
 
     def handle(self, event: Event) -> None:
         """One thing that happened. Whatever a message holds, this returns."""
@@ -202,7 +204,7 @@ class Server:
             peer.sender.clear()
         changed = before is None or (before.state, before.model_version) != (status.state, status.model_version)
         if changed:
-            self.ledger.seen(peer.device, status.state, status.model_version, status.software, self.clock())
+            self.ledger.seen(peer.device, status.state, status.model_version, status.software, time.time())
         now = time.monotonic()
         if not changed and now - peer.told_at < STATUS_EVENT_S:
             return
@@ -339,7 +341,7 @@ class Server:
         }
         item = Contribution(peer.device, offer.blob, offer.num_examples, depth, metrics, False)
         with self.ledger.transaction():
-            fresh = self.ledger.contribute(self.run.name, offer.round, item, self.clock())
+            fresh = self.ledger.contribute(self.run.name, offer.round, item, time.time())
         peer.offer, peer.bad_hashes = None, 0
         self._ack(peer.device, self.run.name, offer.round, "committed", blob=offer.blob)
         if fresh:
@@ -397,7 +399,7 @@ class Server:
 
     def _encode(self, body: Any) -> bytes:
         self._sequence += 1
-        return encode(body, sent_at=self.clock(), boot=self.boot, sequence=self._sequence)
+        return encode(body, sent_at=time.time(), boot=self.boot, sequence=self._sequence)
 
     def _enrolled(self, device: str) -> bool:
         """Asked of the ledger now and then, so that a device which is revoked while connected is heard no more."""
@@ -405,6 +407,7 @@ class Server:
         if now - self._known_devices.get(device, -KNOWN_S) >= KNOWN_S:
             if self.ledger.secret(device) is None:
                 self._known_devices.pop(device, None)
+                self.peers.forget(device)  # no round waits for it
                 return False
             self._known_devices[device] = now
         return True

@@ -15,14 +15,18 @@ SENTENCES: Sentences = {
         f"serving fleet {e['realm']} on {e['host']}:{e['port']} ({e['broker']} broker), model {e['model_version']}; "
         "stop with Ctrl-C"
     ),
+    "broker-lost": lambda e: f"the connection to the broker is lost, it is made again: {e['reason']}",
     "round-opened": lambda e: f"round {e['round']}: waiting for devices",
     "joined": lambda e: (
         f"round {e['round']}: {e['device']} joins with {e['num_examples']} examples and {mib(e['budget_bytes'])}"
     ),
     "unable": lambda e: f"round {e['round']}: {e['device']} cannot take part: {e['reason']}",
+    "round-planned": lambda e: f"round {e['round']}: {e['planned']} of {e['members']} devices have a plan",
     "granted": lambda e: (
         f"round {e['round']}: {e['device']} trains {what_is_trained(e['depth'])}, at most {mib(e['peak_bytes'])}"
     ),
+    "gave-up": lambda e: f"round {e['round']}: {e['device']} gives its plan back: {e['reason']}",
+    "rejected": lambda e: f"round {e['round']}: {e['device']}'s update is refused: {e['reason']}",
     "committed": lambda e: (
         f"round {e['round']}: {e['device']}'s update is in ({mib(e['num_bytes'])}, "
         f"loss {e['first_loss']:.3f} -> {e['last_loss']:.3f}, {e['train_s']:.0f} s, {mib(e['peak_bytes'])})"
@@ -33,19 +37,33 @@ SENTENCES: Sentences = {
     ),
     "round-failed": lambda e: f"round {e['round']} failed: {e['reason']}",
     "run-finished": lambda e: f"run {e['run']} is finished: model {e['model_version']}",
+    "bad-message": lambda e: f"{e['device']} sends what cannot be read as {e['kind']!r} (said once): {e['reason']}",
+    "storage-error": lambda e: (
+        f"the disk fails{' with an update of ' + e['device'] if e['device'] else ''}, it is tried again: {e['reason']}"
+    ),
 }
 
 
 class ServerLog:
-    """The coordinator's events for people: a line each; of a device's reports only what changes its state."""
+    """The coordinator's events for people: a line each; of a device's reports only what changes its state.
+
+    A plan that is sent again, to a device that asks again, is shown once.
+    """
 
     def __init__(self) -> None:
         self._states: dict[str, str] = {}
+        self._granted: dict[str, int] = {}  # the newest round of which a device's plan was shown
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event."""
-        if event["event"] != "status":
-            note_event(event, SENTENCES)
-        elif self._states.get(event["device"]) != event["state"]:
-            self._states[event["device"]] = event["state"]
-            note(f"{event['device']} is {event['state']}")
+        kind = event["event"]
+        if kind == "status":
+            if self._states.get(event["device"]) != event["state"]:
+                self._states[event["device"]] = event["state"]
+                note(f"{event['device']} is {event['state']}")
+            return
+        if kind == "granted":
+            if self._granted.get(event["device"]) == event["round"]:
+                return
+            self._granted[event["device"]] = event["round"]
+        note_event(event, SENTENCES)

@@ -23,6 +23,7 @@ import pytest
 from edge_coordinator import connection, gate
 from edge_coordinator.access import MAX_RETAINED_BYTES
 from edge_coordinator.broker import EmbeddedBroker
+from edge_coordinator.fleet import Fleet, init
 from edge_coordinator.gate import DEVICE_FILTERS
 from edge_coordinator.secrets import hash_secret
 from edge_runtime.errors import UsageError
@@ -638,6 +639,42 @@ def test_drop_ends_a_revoked_users_connection() -> None:
         broker.drop("dev-a")
         broker.drop("nobody")
         assert client.hung_up()
+
+
+def test_who_is_revoked_is_disconnected_before_long_and_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger of a fleet and the broker that `serve` starts; a second process revokes."""
+    monkeypatch.setattr(gate, "RECHECK_S", 1.0)
+    init(tmp_path, name=REALM, labels=["no", "yes"])
+    fleet = Fleet(tmp_path)
+    secrets = {name: fleet.enroll(name, tmp_path / f"{name}.toml").secret for name in ("dev-a", "dev-b")}
+    with (
+        EmbeddedBroker(HOST, 0, REALM, fleet.lookup()) as broker,
+        logged_in(broker.port, COORDINATOR, fleet.secret()) as coordinator,
+        logged_in(broker.port, "dev-a", secrets["dev-a"], will=(f"{UP_A}/st", b"gone", True)) as revoked,
+        logged_in(broker.port, "dev-b", secrets["dev-b"]) as other,
+    ):
+        coordinator.subscribe(f"{UP_A}/st")
+        Fleet(tmp_path).ledger.revoke("dev-a")
+        assert revoked.hung_up()
+        assert coordinator.message() == (f"{UP_A}/st", b"gone", False)
+        assert other.ping() and coordinator.ping()
+
+
+def test_a_lookup_that_fails_disconnects_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "RECHECK_S", 1.0)
+    broken = threading.Event()
+
+    def lookup(user: str) -> str | None:
+        if broken.is_set():
+            raise RuntimeError("the database is gone")
+        return HASHED.get(user)
+
+    with EmbeddedBroker(HOST, 0, REALM, lookup) as broker, logged_in(broker.port, "dev-a", "sa") as client:
+        broken.set()
+        time.sleep(2.5)
+        assert client.ping()
 
 
 def test_a_child_broker_ends_on_sigterm(kind: str, start: Start) -> None:

@@ -74,9 +74,9 @@ def test_every_value_is_read(tmp_path: Path) -> None:
     host = "h"
     port = 8883
     announce_host = "a"
-    ca_file = "ca"
-    certfile = "c"
-    keyfile = "k"
+    ca_file = "/ca"
+    certfile = "/c"
+    keyfile = "/k"
     """
     config = load_config(write(tmp_path, text))
     assert config.model == ModelSection("/models/x", "my.family", ("ä", "b c", "🔥"), 64)
@@ -84,8 +84,27 @@ def test_every_value_is_read(tmp_path: Path) -> None:
         RunSection("second", "straggler", 3, 20, 5, 2.0), join_timeout_s=1.5, report_timeout_s=10.0, pause_s=0.0
     )
     assert config.train == TrainSettings(2, 8, 1.0, 0.5, 0.0, "sgd", (1 << 63) - 1)
-    assert config.broker == BrokerSection("external", "h", 8883, "a", "ca", "c", "k")
+    assert config.broker == BrokerSection("external", "h", 8883, "a", "/ca", "/c", "/k")
     assert all(type(getattr(config.run, f.name)) is type(f.default) for f in dataclasses.fields(RunSection))
+
+
+def test_certificates_are_found_from_the_folder_of_the_file_wherever_the_command_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init(tmp_path / "farm", labels=["no", "yes"])
+    path = tmp_path / "farm" / CONFIG_FILE
+    text = path.read_text()
+    for key, value in (("ca_file", "tls/ca.pem"), ("certfile", "../cert.pem"), ("keyfile", "/etc/key.pem")):
+        text = text.replace(f'{key} = ""', f'{key} = "{value}"')
+    path.write_text(text)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for folder in (tmp_path / "farm", Path("../farm")):
+        broker = load_config(folder).broker
+        assert Path(broker.ca_file).is_absolute() and Path(broker.certfile).is_absolute()
+        assert Path(broker.ca_file).resolve() == tmp_path / "farm" / "tls" / "ca.pem"
+        assert Path(broker.certfile).resolve() == tmp_path / "cert.pem"
+        assert broker.keyfile == "/etc/key.pem"
 
 
 def test_the_commented_file_that_init_writes_has_every_key_at_its_default(tmp_path: Path) -> None:
@@ -106,6 +125,8 @@ WRONG = [
     ("model", "labels", '"yes"', "[model] labels must be a list of texts"),
     ("model", "labels", "[1, 2]", "[model] labels must be a list of texts"),
     ("model", "labels", '["a", ""]', "[model] labels must be a list of texts"),
+    ("model", "max_length", "2", "[model] max_length must be from 3 to 131072"),
+    ("model", "max_length", "131073", "[model] max_length must be from 3 to 131072"),
     ("model", "labels", "[]", "[model] labels must name at least two"),
     ("model", "labels", '["a"]', "[model] labels must name at least two"),
     ("model", "labels", '["a", "a"]', "[model] labels must name at least two different"),

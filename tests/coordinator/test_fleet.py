@@ -186,6 +186,26 @@ def test_a_file_that_cannot_be_written_enrols_nobody(fleet: Fleet, tmp_path: Pat
     fleet.enroll("pi-1", tmp_path / "pi-1.toml")
 
 
+def test_of_several_devices_all_have_their_files_or_none_is_enrolled(fleet: Fleet, tmp_path: Path) -> None:
+    old = fleet.enroll("pi-1", tmp_path / "pi-1.toml")
+    fleet.enroll("pi-0", tmp_path / "0.toml")
+    (tmp_path / "file").write_bytes(b"")
+    bad = {"pi-2": tmp_path / "pi-2.toml", "pi-3": tmp_path / "file" / "pi-3.toml"}
+    with pytest.raises(StoreError):
+        fleet.enroll_all(bad)
+    with small_disk(tmp_path / "disk", 1 << 16) as disk:
+        fill(disk)
+        with pytest.raises(StoreError, match="no space left"):
+            fleet.enroll_all({"pi-1": tmp_path / "pi-1.toml", "pi-0": disk / "pi-0.toml"}, renew=True)
+    assert [row["device"] for row in fleet.ledger.devices()] == ["pi-0", "pi-1"]
+    assert sorted(path.name for path in tmp_path.glob("*pi-*")) == ["pi-1.toml"]
+    assert read_credentials(tmp_path / "pi-1.toml") == old
+    assert verified(fleet, "pi-1", old.secret)
+    made = fleet.enroll_all({"pi-2": tmp_path / "pi-2.toml", "pi-3": tmp_path / "pi-3.toml"})
+    assert [read_credentials(tmp_path / f"{one.device}.toml") for one in made] == made
+    assert all(verified(fleet, one.device, one.secret) for one in made)
+
+
 def test_devices_are_told_the_address_that_reaches_the_broker(tmp_path: Path) -> None:
     def announced(broker: str, **options: str) -> str:
         folder = tmp_path / os.urandom(4).hex()

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.budget import AGENT_RESERVE_BYTES, STEP_BYTES, memory_budget, parse_bytes, parse_seconds
+from edge_runtime.budget import (
+    AGENT_RESERVE_BYTES,
+    STEP_BYTES,
+    UNIT_NAMES,
+    UNITS,
+    memory_budget,
+    parse_bytes,
+    parse_seconds,
+)
 from edge_runtime.errors import UsageError
 from edge_runtime.records import DeviceProfile
 from tests.samples import quickly
@@ -23,7 +31,8 @@ def machine(total: int, available: int, limit: int | None = None, below_limit: i
     ("text", "size"),
     [
         ("0", 0),
-        ("450", 450),
+        ("450000000", 450_000_000),
+        ("1048576", 1 << 20),
         ("450B", 450),
         ("450MB", 450_000_000),
         ("450mb", 450_000_000),
@@ -35,7 +44,7 @@ def machine(total: int, available: int, limit: int | None = None, below_limit: i
         ("1.5GiB", 3 << 29),
         ("1.5 gb", 1_500_000_000),
         ("2G", 2 << 30),
-        ("0.5", 0),
+        ("0.5B", 0),
         ("1048576gib", 1 << 50),
     ],
 )
@@ -71,6 +80,23 @@ def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
         parse_bytes(text)
 
 
+@pytest.mark.parametrize("text", ["450", " 600 ", "8", "0.5", "1048575"])
+def test_a_small_number_without_a_unit_was_meant_as_megabytes(text: str) -> None:
+    with pytest.raises(UsageError, match=f"^{text.strip()} without a unit is bytes; did you mean {text.strip()}MB"):
+        parse_bytes(text)
+    with pytest.raises(UsageError, match="did you mean"):
+        memory_budget(text, machine(8 << 30, 4 << 30))
+
+
+def test_what_is_no_unit_is_refused_with_those_there_are() -> None:
+    with pytest.raises(UsageError, match="units are B, KB, MB, GB"):
+        parse_bytes("450TB")
+    for unit in UNITS:
+        assert not unit or unit in UNIT_NAMES.lower()
+    with pytest.raises(UsageError, match="units are s, m and h"):
+        parse_seconds("3 days")
+
+
 @pytest.mark.parametrize("text", ["9" * 400, "9" * 400 + "GB", "1125899906842625", "1048577gib"])
 def test_a_size_that_no_message_could_carry_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="more than any device has"):
@@ -104,11 +130,11 @@ def test_any_text_is_a_sane_budget_or_a_usage_error(text: str) -> None:
         try:
             assert 0 <= parse(text) <= 1 << 50
         except UsageError as error:
-            assert len(str(error)) < 200
+            assert len(str(error)) < 320
     try:
         assert 0 <= memory_budget(text, machine(8 << 30, 4 << 30)) <= 4 << 30
     except UsageError as error:
-        assert len(str(error)) < 200
+        assert len(str(error)) < 320
 
 
 def test_auto_is_what_is_free_rounded_down_so_that_noise_does_not_change_the_plan() -> None:

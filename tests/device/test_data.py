@@ -234,6 +234,15 @@ def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:
         read_examples(tmp_path / "folder.csv")
 
 
+@pytest.mark.timeout(20)
+def test_a_pipe_and_a_device_which_may_never_end_are_refused_unread(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "zero.csv").symlink_to("/dev/zero")
+    for name in ("pipe.csv", "zero.csv"):
+        with pytest.raises(DataError, match="is not a regular file: give a file"):
+            read_examples(tmp_path / name)
+
+
 def test_utf_16_without_its_mark_is_an_error_that_names_the_encoding_flag(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", "text,label\na,x\n".encode("utf-16-le"))
     for encoding in (None, "utf-16"):

@@ -106,6 +106,12 @@ def test_no_text_gives_no_prediction_and_a_bare_text_is_refused(predictor: Predi
         predictor.predict("soup")
 
 
+@pytest.mark.parametrize(("wrong", "name"), [(None, "NoneType"), (7, "int"), (b"soup", "bytes"), (["soup"], "list")])
+def test_what_is_no_text_is_named_with_its_place(predictor: Predictor, wrong: Any, name: str) -> None:
+    with pytest.raises(UsageError, match=rf"number 2 \(from 0\) is {name}, not str"):
+        predictor.predict(["soup", "tennis", wrong])
+
+
 def test_threads_can_share_a_predictor(predictor: Predictor) -> None:
     texts = [text for text, _ in NEW]
     wanted, found = predictor.predict(texts), []

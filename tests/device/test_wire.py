@@ -14,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.errors import WireError
-from edge_runtime.records import CostRow, DeviceProfile, Plan, Range
+from edge_runtime.records import Budget, CostRow, DeviceProfile, Plan, Range
 from edge_runtime.wire import (
     CHUNK_HEADER,
     MAX_CHUNK_BYTES,
     MAX_CONTROL_BYTES,
+    MAX_JOIN_BYTES,
+    MAX_MANIFEST_BYTES,
     MESSAGES,
     Ack,
     Join,
@@ -123,6 +125,23 @@ def test_numbers_that_are_not_finite_are_refused(field: str, number: float) -> N
         decode(changed("offer", **{field: number}), "offer")
 
 
+@pytest.mark.parametrize("field", ["first_loss", "last_loss"])
+def test_the_losses_of_an_offer_are_bounded_so_that_no_device_shifts_a_rounds_mean_without_end(field: str) -> None:
+    for number in (1e6, -1e6, 0.0):
+        assert getattr(decode(changed("offer", **{field: number}), "offer").body, field) == number
+    for number in (1.001e6, -1.001e6, 1e308):
+        with pytest.raises(WireError, match=f"b.{field} must be within -1e\\+06 and 1e\\+06"):
+            decode(changed("offer", **{field: number}), "offer")
+
+
+def test_a_manifest_is_announced_with_a_bounded_size() -> None:
+    for size in (1, MAX_MANIFEST_BYTES):
+        assert decode(changed("model", manifest_bytes=size), "model").body.manifest_bytes == size
+    for size in (0, MAX_MANIFEST_BYTES + 1, 1 << 40):
+        with pytest.raises(WireError, match="b.manifest_bytes must be within 1 and 524288"):
+            decode(changed("model", manifest_bytes=size), "model")
+
+
 def test_a_whole_number_passes_for_a_float_and_never_the_other_way_round() -> None:
     assert decode(changed("offer", train_s=3), "offer").body.train_s == 3.0
     with pytest.raises(WireError, match="must be int, it is float"):
@@ -173,19 +192,24 @@ def test_a_damaged_envelope_is_refused(envelope: dict[str, Any]) -> None:
 
 
 def test_a_message_over_the_limit_is_neither_written_nor_read() -> None:
-    rows = (HEAD_ROW,) * 256
+    rows = (HEAD_ROW,) * 1024
     join = dataclasses.replace(samples.MESSAGES["join"], table=rows)
-    with pytest.raises(WireError, match=f"over the limit of {MAX_CONTROL_BYTES}"):
+    with pytest.raises(WireError, match=f"a join message of .* is over the limit of {MAX_JOIN_BYTES}"):
         encode(join, sent_at=0.0, boot=BOOT, sequence=0)
-    padded = msgpack.packb({**msgpack.unpackb(message("st")), "pad": bytes(MAX_CONTROL_BYTES)})
-    with pytest.raises(WireError, match=f"over the limit of {MAX_CONTROL_BYTES}"):
-        decode(padded, "st")
+    for kind, limit in ((kind, MAX_JOIN_BYTES if kind == "join" else MAX_CONTROL_BYTES) for kind in MESSAGES):
+        plain = {**msgpack.unpackb(message(kind)), "pad": b""}
+        room = limit - len(msgpack.packb({**plain, "pad": bytes(limit // 2)})) + limit // 2
+        assert decode(msgpack.packb({**plain, "pad": bytes(room)}), kind).body == samples.MESSAGES[kind]
+        with pytest.raises(WireError, match=f"over the limit of {limit}"):
+            decode(msgpack.packb({**plain, "pad": bytes(room + 1)}), kind)
 
 
-def test_the_cost_table_of_a_model_with_48_blocks_fits_one_join() -> None:
-    wide = CostRow(48, False, 4096, (1 << 50) - 1, 1234.5678901, 1e9 / 3, (1 << 50) - 1)
-    body = Join("r" * 36, 1 << 31, BOOT, 1 << 20, samples.BUDGET, (wide,) * 97, 1 << 50, "")
-    assert len(encode(body, sent_at=0.0, boot=BOOT, sequence=1 << 62)) <= MAX_CONTROL_BYTES
+def test_the_cost_table_of_a_model_with_255_blocks_fits_one_join_in_any_case() -> None:
+    wide = CostRow(1000, False, 4096, 1 << 50, 1234.5678901, 1e9 / 3, 1 << 50)
+    body = Join("r" * 64, 1 << 31, BOOT, 1 << 20, Budget(1 << 50, 1e9 / 3, 1 << 50), (wide,) * 511, 1 << 50, "🔥" * 500)
+    data = encode(body, sent_at=1.5, boot=BOOT, sequence=1 << 62)
+    assert len(data) <= MAX_JOIN_BYTES
+    assert decode(data, "join").body == body
 
 
 def test_a_text_that_is_no_unicode_is_sent_with_question_marks_instead_of_not_at_all() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from edge_coordinator.fleet import Fleet as FleetFolder
 from edge_coordinator.models import Models
 from edge_runtime.errors import UsageError
+from edge_runtime.topics import Topics
 from edge_runtime.transport import Message
-from edge_runtime.wire import BlobRange, Need, Status, encode_chunk
+from edge_runtime.wire import BlobRange, Need, Status, encode, encode_chunk
 from tests.e2e.local import FakeDevice, World, constant_update, lie, random_hash, rows
 
 ALL = rows(0, 1, 2)
@@ -312,3 +314,93 @@ def test_the_fleets_name_cannot_change_under_its_devices(tmp_path: Path, model: 
     path.write_text(path.read_text().replace('name = "test"', 'name = "other"'))
     with pytest.raises(UsageError, match="put it back"):
         FleetFolder(world.folder)
+
+
+def test_a_flood_of_one_device_does_not_keep_the_coordinator_from_its_turn(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model)
+    flooding = FakeDevice(world, "device-0", table=ALL)
+    for step in range(1000):
+        flooding.send("st", Status("online", "test", 1, step=step))
+    world.server.serve(lambda: not world.kinds("round-opened"))
+    assert len(world.server.transport.inbox) > 500, "a turn came after a bounded part of it"  # type: ignore[attr-defined]
+
+
+# serve --until-finished
+
+
+def serve_until_finished(world: World, *moves: Callable[[], object], turns: int = 200) -> int:
+    """Serve, with a move of the devices after each turn; -> the turns it took to end by itself."""
+    taken = 0
+
+    def keep_going() -> bool:
+        nonlocal taken
+        if 0 < taken <= len(moves):
+            moves[taken - 1]()
+        taken += 1
+        return taken <= turns
+
+    world.server.serve(keep_going, until_finished=True)
+    return taken
+
+
+def fetched(device: FakeDevice) -> bool:
+    """Whether chunks of a model have come."""
+    return any(isinstance(e, Message) and e.topic.endswith("/dn/c") for e in device.transport.inbox)
+
+
+def test_until_finished_ends_when_every_device_that_is_there_has_fetched_the_final_model(
+    tmp_path: Path, model: Path
+) -> None:
+    world = World(tmp_path / "f", model, devices=3, goal=2)
+    first, second = FakeDevice(world, "device-0", table=ALL), FakeDevice(world, "device-1", table=ALL)
+    gone = FakeDevice(world, "device-2")
+    gone.send("st", Status("offline", "test", 1))
+    assert serve_until_finished(world, turns=10) > 10, "the run is not finished"
+    world.start()
+    world.step(first, second, times=60)
+    assert finished(world), world.events
+    blob = world.server.run.manifest_blob
+    moves: list[Callable[[], object]] = [
+        lambda: first.send("st", Status("online", "test", 2)),
+        lambda: second.send("need", Need((BlobRange(blob, 0, 100),))),
+        lambda: None,
+        lambda: None,
+        lambda: second.send("st", Status("online", "test", 2)),
+    ]
+    assert len(moves) < serve_until_finished(world, *moves) < 20
+    assert fetched(second)
+
+
+def test_until_finished_hands_over_too_after_a_restart_of_the_coordinator(tmp_path: Path, model: Path) -> None:
+    """Killed between its last round and the hand-over, it has not heard from anybody yet."""
+    world = World(tmp_path / "f", model)
+    run_two(world)
+    assert finished(world)
+    world.start()
+    assert serve_until_finished(world, turns=10) > 10
+    world.start()
+    moves = [
+        lambda: FakeDevice(world, "device-0").send("st", Status("online", "test", 2)),
+        lambda: FakeDevice(world, "device-1").send("st", Status("leaving", "test", 1)),
+    ]
+    assert serve_until_finished(world, *moves) < 20
+
+
+def test_until_finished_does_not_wait_for_ever_for_a_device_that_never_fetches(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path / "f", model)
+    run_two(world)
+    assert serve_until_finished(world, turns=10) > 10
+    monkeypatch.setattr("edge_coordinator.server.HAND_OVER_S", 0.0)
+    assert serve_until_finished(world, turns=10) < 10
+
+
+def test_until_finished_does_not_wait_for_a_revoked_device(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model)
+    run_two(world)
+    world.fleet.ledger.revoke("device-1")
+    first = world.broker.clients["device-0"]
+    status = encode(Status("online", "test", 2), sent_at=0.0, boot=bytes(8), sequence=1000)
+    moves = [lambda: first.publish(Topics("test").up("device-0", "st"), status)]
+    assert serve_until_finished(world, *moves) < 20

@@ -106,7 +106,7 @@ def control_files() -> dict[str, bytes]:
         "join-budget-negative": _changed("join", budget={"memory_bytes": -1}),
         "join-row-deep": _changed("join", table=[{**dataclasses.asdict(MESSAGES["join"].table[0]), "depth": 1001}]),
         "join-rows-are-numbers": _changed("join", table=[1, 2]),
-        "join-too-many-rows": _changed("join", table=[{}] * 257),
+        "join-too-many-rows": _changed("join", table=[{}] * 1025),
         "join-table-is-map": _changed("join", table={"0": {}}),
         "grant-no-plan": _changed("grant", plan=None),
         "grant-nonce-short": _changed("grant", nonce=bytes(15)),

@@ -23,6 +23,7 @@ from edge_runtime.records import CostRow, Plan
 from edge_runtime.weights import read_safetensors
 from edge_runtime.wire import (
     MAX_CONTROL_BYTES,
+    MAX_JOIN_BYTES,
     MESSAGES,
     Envelope,
     decode,
@@ -182,10 +183,11 @@ def filled(what: str, size: int) -> bytes:
     return head + count.to_bytes(4, "big") + item * count
 
 
+@pytest.mark.parametrize("size", [MAX_CONTROL_BYTES, MAX_JOIN_BYTES])
 @pytest.mark.parametrize("what", sorted(WORST))
-def test_what_msgpack_builds_stays_below_80_bytes_for_each_byte_of_input(what: str) -> None:
-    data = filled(what, MAX_CONTROL_BYTES)
-    costs_little(lambda: unpack(data, MAX_CONTROL_BYTES), 80 * len(data), 0.5)
+def test_what_msgpack_builds_stays_below_80_bytes_for_each_byte_of_input(what: str, size: int) -> None:
+    data = filled(what, size)
+    costs_little(lambda: unpack(data, size), 80 * len(data), 0.5)
 
 
 @pytest.mark.parametrize("header", [b"\xdd%s", b"\xdc\xff\xff", b"\x91\xdd%s", b"\x81\xa0\xdd%s"])

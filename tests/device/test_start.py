@@ -1,0 +1,48 @@
+"""Ctrl-C at the very beginning, while the modules of a command are still loading."""
+
+from __future__ import annotations
+
+import configparser
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+INTERRUPTED_AT = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {late!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+from {module} import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("module", ["edge_runtime.start", "edge_coordinator.start"])
+@pytest.mark.parametrize("late", ["{package}.cli", "edge_runtime.console", "edge_runtime.data"])
+def test_ctrl_c_while_modules_load_is_one_plain_line(module: str, late: str) -> None:
+    code = INTERRUPTED_AT.format(module=module, late=late.format(package=module.partition(".")[0]))
+    if module == "edge_runtime.start" and late == "edge_runtime.data":
+        code = code.replace("edge_runtime.data", "edge_runtime.commands")
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+def test_what_is_installed_starts_there_and_has_loaded_nothing_before() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    for line in config["options.entry_points"]["console_scripts"].split("\n"):
+        if line:
+            name, _, place = line.partition(" = ")
+            module, _, function = place.partition(":")
+            assert callable(getattr(importlib.import_module(module), function))
+            code = f"import sys, {module}; print([m for m in sys.modules if m.startswith('edge_')])"
+            shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+            assert not {"edge_runtime.cli", "edge_coordinator.cli", "edge_runtime.console"} & set(eval(shown)), name

@@ -1,0 +1,236 @@
+"""A real agent with its training processes and a real coordinator, both in this process: what it does when things go wrong.
+
+The disk is full, tokenised data is damaged, the training process is killed again and again, a broker floods it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from edge_coordinator.fleet import Fleet as FleetFolder
+from edge_runtime.agent import MAX_ATTEMPTS, SHRINK, Agent
+from edge_runtime.local import DataOptions
+from edge_runtime.session import Session
+from edge_runtime.store import BlobStore
+from edge_runtime.topics import Topics
+from edge_runtime.transport import LocalBroker, LocalTransport, Message
+from edge_runtime.wire import MAX_MANIFEST_BYTES, Model, encode
+from tests.e2e.fleets import write_data
+from tests.e2e.local import World, random_hash
+from tests.worlds import fill, small_disk
+
+NAME = "device-0"
+
+
+@pytest.fixture(scope="module")
+def home(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with this device's data and a warm cache: tokenised data and calibration."""
+    folder = tmp_path_factory.mktemp("home")
+    with write_data(folder / "data.csv", 1, count=255).open("a") as file:
+        file.write(f"the {'long ' * 40}river,place\n")
+    world = World(tmp_path_factory.mktemp("warm") / "f", model, devices=1)
+    server = world.server
+    session(folder).could_do(server.run.manifest, server.models.store, server.config.train)
+    return folder
+
+
+@pytest.fixture
+def own(home: Path, tmp_path: Path) -> Path:
+    """The same, for one test to damage."""
+    return shutil.copytree(home, tmp_path / "home")
+
+
+def session(home: Path) -> Session:
+    return Session(
+        home / "data.csv", home / "cache", memory="2GB", time_s=None, upload_bytes=None, threads=1, options=DataOptions(), say=print
+    )  # fmt: skip
+
+
+class Device:
+    """An agent that takes a turn when the test says so."""
+
+    def __init__(self, broker: LocalBroker, folder: Path, home: Path) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.transport = LocalTransport(broker, NAME, Topics("test").device_filters(NAME))
+        self.agent = Agent(
+            NAME, "test", folder, session(home), self.transport, self.events.append, families=("edge_models.bert",)
+        )
+
+    def step(self) -> None:
+        """Read everything, then do what is next."""
+        while (event := self.transport.next_event(0)) is not None:
+            self.agent.handle(event)
+        self.agent.tick()
+
+    def kinds(self, kind: str) -> list[dict[str, Any]]:
+        """The agent's events of one kind."""
+        return [e for e in self.events if e["event"] == kind]
+
+
+@contextlib.contextmanager
+def running(device: Device) -> Iterator[Device]:
+    """Connected; at the end it says goodbye and its training process is gone."""
+    device.transport.start()
+    try:
+        yield device
+    finally:
+        device.agent.run(lambda: False)
+
+
+def until(what: Callable[[], object], world: World, device: Device) -> None:
+    """Let both go on until something is true."""
+    end = time.monotonic() + 100
+    while not what():
+        assert time.monotonic() < end, (world.events, device.events)
+        world.step(times=1)
+        device.step()
+        time.sleep(0.02)
+
+
+def training_processes() -> list[psutil.Process]:
+    """The agent's children."""
+    return [p for p in psutil.Process().children() if "edge_runtime.training.worker" in " ".join(p.cmdline())]
+
+
+def kill_training(number: int, world: World, device: Device) -> None:
+    """Wait for the so-many-th training, kill its process, and let the agent see it."""
+    until(lambda: len(device.kinds("training")) == number, world, device)
+    (process,) = training_processes()
+    process.kill()
+    until(lambda: len(device.kinds("training-failed")) == number, world, device)
+
+
+def is_there(world: World) -> bool:
+    """Whether the coordinator counts the device as online."""
+    return world.server.peers.online() == [NAME]
+
+
+# the disk
+
+
+def test_a_disk_that_is_full_when_training_ends_costs_the_round_and_not_the_device(
+    tmp_path: Path, model: Path, home: Path
+) -> None:
+    world = World(tmp_path / "f", model, devices=1, rounds=2)
+    with small_disk(tmp_path / "disk", 16 << 20) as disk, running(Device(world.broker, disk, home)) as device:
+        until(lambda: device.kinds("training"), world, device)
+        end = time.monotonic() + 100
+        while not device.agent.outbox.draft.exists():  # the process has ended, the agent has not looked yet
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        filler = fill(disk)
+        until(lambda: world.kinds("gave-up"), world, device)
+        assert "no space left" in device.kinds("declined")[0]["reason"]
+        assert "no space left" in world.kinds("gave-up")[0]["reason"]
+        assert BlobStore(disk / "updates").used_bytes() == 0, "what nobody will be offered takes no room"
+        filler.unlink()
+        until(lambda: len(device.kinds("training")) == 2, world, device)
+        assert device.kinds("training")[1]["round"] == 2
+        assert is_there(world)
+    assert training_processes() == []
+
+
+def test_tokenised_data_that_is_damaged_costs_the_round_and_is_made_anew_for_the_next(
+    tmp_path: Path, model: Path, own: Path
+) -> None:
+    world = World(tmp_path / "f", model, devices=1, rounds=2)
+    (tokens,) = (own / "cache" / "corpora").glob("*/tokens.npy")
+    whole = np.load(tokens)
+    tokens.write_bytes(tokens.read_bytes()[:200])
+    with running(Device(world.broker, tmp_path / "d", own)) as device:
+        until(lambda: len(device.kinds("training")) == 2, world, device)
+        assert "damaged" in device.kinds("declined")[0]["reason"]
+        assert [e["round"] for e in device.kinds("training")] == [1, 2]
+        assert np.array_equal(np.load(tokens), whole)
+        assert is_there(world)
+
+
+# the training process
+
+
+def test_a_training_process_that_is_killed_is_started_again_as_it_was_then_smaller_then_given_back(
+    tmp_path: Path, model: Path, own: Path
+) -> None:
+    """The calibration is made to say that torch itself weighs nothing, and a batch is large: so smaller pieces save enough."""
+    for file in (own / "cache" / "calibration").glob("*.json"):
+        measured = json.loads(file.read_text())
+        measured["calibration"]["runtime_bytes"] = 0
+        file.write_text(json.dumps(measured))
+    world = World(tmp_path / "f", model, devices=1, rounds=2)
+    config = tmp_path / "f" / "fleet.toml"
+    config.write_text(config.read_text().replace("batch_size = 16", "batch_size = 256"))
+    world.fleet = FleetFolder(world.folder)
+    world.start()
+    with running(Device(world.broker, tmp_path / "d", own)) as device:
+        for number in range(1, MAX_ATTEMPTS + 1):
+            kill_training(number, world, device)
+        until(lambda: world.kinds("gave-up"), world, device)
+        first, second, third = device.kinds("training")[:MAX_ATTEMPTS]
+        assert (first["attempt"], second["attempt"], third["attempt"]) == (1, 2, 3)
+        assert second == {**first, "attempt": 2}
+        assert third["peak_bytes_promised"] <= SHRINK * first["peak_bytes_promised"]
+        assert (third["depth"], third["steps"]) == (first["depth"], first["steps"])
+        assert not any(e["out_of_memory"] for e in device.kinds("training-failed"))
+        assert "killed by signal 9" in world.kinds("gave-up")[0]["reason"]
+        until(lambda: len(device.kinds("training")) == 4, world, device)
+        assert (device.kinds("training")[3]["round"], device.kinds("training")[3]["attempt"]) == (2, 1)
+
+
+def test_a_training_process_that_is_killed_twice_and_cannot_be_smaller_is_given_back(
+    tmp_path: Path, model: Path, home: Path
+) -> None:
+    world = World(tmp_path / "f", model, devices=1)
+    with running(Device(world.broker, tmp_path / "d", home)) as device:
+        kill_training(1, world, device)
+        kill_training(2, world, device)
+        until(lambda: world.kinds("gave-up"), world, device)
+        assert [e["attempt"] for e in device.kinds("training")] == [1, 2]
+        assert training_processes() == []
+        assert is_there(world)
+
+
+# the network
+
+
+def test_a_manifest_announced_as_absurdly_large_is_not_fetched(tmp_path: Path, home: Path) -> None:
+    broker = LocalBroker()
+    asked: list[str] = []
+    with running(Device(broker, tmp_path / "d", home)) as device:
+        coordinator = LocalTransport(broker, "coordinator", Topics("test").coordinator_filters())
+        coordinator.start()
+        for version, size in ((1, MAX_MANIFEST_BYTES + 1), (2, MAX_MANIFEST_BYTES)):
+            model = Model(version, random_hash(), size, False)
+            coordinator.publish(
+                Topics("test").all("model"), encode(model, sent_at=0.0, boot=bytes(8), sequence=version)
+            )
+            device.step()
+            asked.append(" ".join(e.topic for e in coordinator.inbox if isinstance(e, Message)))
+    (refused,) = device.kinds("bad-message")
+    assert "manifest_bytes" in refused["reason"]
+    assert "/up/need" not in asked[0], "nothing is asked for, no room is made"
+    assert "/up/need" in asked[1]
+
+
+def test_a_flood_of_messages_does_not_keep_an_agent_from_its_turn(tmp_path: Path, model: Path, home: Path) -> None:
+    world = World(tmp_path / "f", model, devices=1)
+    world.step(times=1)
+    device = Device(world.broker, tmp_path / "d", home)
+    device.transport.start()
+    for _ in range(1000):
+        world.broker.deliver(Topics("test").all("round"), b"nonsense", False)
+
+    def asked() -> bool:
+        return any(isinstance(e, Message) and e.topic.endswith("/up/need") for e in world.server.transport.inbox)  # type: ignore[attr-defined]
+
+    device.agent.run(lambda: not asked())
+    assert len(device.transport.inbox) > 500
