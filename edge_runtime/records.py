@@ -72,7 +72,8 @@ class TrainSettings:
     learning_rate: Annotated[float, Range(0, 10)] = 2e-4
     head_learning_rate: Annotated[float, Range(0, 10)] = 2e-3
     weight_decay: Annotated[float, Range(0, 1)] = 0.01
-    optimizer: Annotated[str, Range(3, 5)] = "adamw"  # or "sgd"
+    adapter_learning_rate: Annotated[float, Range(0, 10)] = 2e-3
+    optimizer: Annotated[str, Range(3, 16)] = "adamw"  # or "adamw8bit", "momentum", "sgd"
     seed: Annotated[int, Range(0, (1 << 63) - 1)] = 0
 
 
@@ -87,6 +88,9 @@ class CostRow:
     step_s: Seconds  # one optimizer step on a batch of mean length
     epoch_s: Seconds
     upload_bytes: Bytes
+    backend: Name = "torch"  # or "onnx"
+    rank: Annotated[int, Range(0, 1024)] = 0  # of LoRA adapters in the trained blocks; 0 trains the blocks themselves
+    cached: bool = False  # the frozen prefix's output is kept on disk from the first epoch on
 
 
 @dataclass(frozen=True)

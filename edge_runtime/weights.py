@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
+import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4}
+STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I64": "<i8", "I32": "<i4"}  # numpy's names
 MAX_HEADER_BYTES = 16 << 20
 
 
@@ -43,13 +46,43 @@ class MappedTensor:
 
         if math.prod(self.shape) == 0:
             return np.zeros(self.shape, np.float32)
-        stored = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I64": "<i8", "I32": "<i4"}[self.dtype]
-        array = np.memmap(self.path, dtype=stored, mode="c", offset=self.offset, shape=self.shape)
-        if self.dtype == "F32":
-            return array
-        if self.dtype == "BF16":  # the upper half of a float32's bits
-            return (array.astype(np.uint32) << 16).view(np.float32)
-        return array.astype(np.float32)
+        array = np.memmap(self.path, dtype=STORED[self.dtype], mode="c", offset=self.offset, shape=self.shape)
+        return _as_float32(array, self.dtype)
+
+    def rows(self, numbers: Sequence[int]) -> np.ndarray[Any, np.dtype[Any]]:
+        """Some rows of a matrix as float32 (len(numbers), columns), read and not mapped: no page stays resident."""
+        import numpy as np
+
+        item = ITEM_BYTES[self.dtype]
+        stride = item * math.prod(self.shape[1:])
+        out = np.empty((len(numbers), *self.shape[1:]), STORED[self.dtype])
+        file = os.open(self.path, os.O_RDONLY)
+        try:
+            for target, number in zip(out, numbers, strict=True):
+                if not 0 <= number < self.shape[0]:
+                    raise ModelError(f"row {number} of a table of {self.shape[0]}: tokenizer and model are not a pair")
+                if os.preadv(file, [target], self.offset + number * stride) != stride:
+                    raise ModelError(f"{self.path} is cut off: fetch it again")
+        finally:
+            os.close(file)
+        return _as_float32(out, self.dtype)
+
+
+def release_pages(array: np.ndarray[Any, np.dtype[Any]]) -> None:
+    """Let go of a mapped array's resident pages; they come back from the file when they are read again."""
+    mapped = getattr(array, "_mmap", None)  # numpy.memmap's own map
+    if mapped is not None:
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _as_float32(array: np.ndarray[Any, np.dtype[Any]], dtype: str) -> np.ndarray[Any, np.dtype[Any]]:
+    import numpy as np
+
+    if dtype == "F32":
+        return array
+    if dtype == "BF16":  # the upper half of a float32's bits
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
 
 
 def read_safetensors(path: Path) -> dict[str, MappedTensor]:

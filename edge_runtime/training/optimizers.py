@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_runtime.records import TrainSettings
+from edge_runtime.training.pages import page_zeros
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,12 +57,15 @@ def state_bytes_per_parameter(optimizer: str) -> float:
 class Optimizer:
     """Updates weights in place, one tensor at a time, and keeps each tensor's state from its first update on.
 
-    Call `begin_step` once a step, then `update` for each tensor. Names in `head` have a learning rate of their own.
+    Call `begin_step` once a step, then `update` for each tensor. Names in `head` and in `adapters` have a
+    learning rate of their own.
     """
 
-    def __init__(self, settings: TrainSettings, head: Collection[str]) -> None:
+    def __init__(self, settings: TrainSettings, head: Collection[str], adapters: Collection[str] = ()) -> None:
         _check_name(settings.optimizer)
-        self._settings, self._head = settings, frozenset(head)
+        self._settings = settings
+        self._rates = dict.fromkeys(head, settings.head_learning_rate)
+        self._rates |= dict.fromkeys(adapters, settings.adapter_learning_rate)
         self._steps = 0
         self._velocities: dict[str, Array] = {}
         self._moments: dict[str, tuple[Array, Array]] = {}
@@ -85,19 +89,18 @@ class Optimizer:
         _check_arrays(name, weight, gradient)
         decays = weight.ndim > 1
         weight, gradient = np.asarray(weight).reshape(-1), np.asarray(gradient).reshape(-1)  # views, memmaps plain
-        rate = self._settings.head_learning_rate if name in self._head else self._settings.learning_rate
+        rate = self._rates.get(name, self._settings.learning_rate)
         if self._settings.optimizer == "sgd":
             _sgd(weight, gradient, rate)
         elif self._settings.optimizer == "momentum":
             if name not in self._velocities:
-                self._velocities[name] = np.zeros(weight.size, np.float32)
+                self._velocities[name] = page_zeros((weight.size,))
             _momentum(name, weight, gradient, self._velocities[name], rate)
         else:
             decay = rate * self._settings.weight_decay if decays else 0.0
             self._adamw(name, weight, gradient, adam_factors(rate, decay, self._steps))
 
     def _adamw(self, name: str, weight: Array, gradient: Array, factors: AdamFactors) -> None:
-        import numpy as np
 
         if self._settings.optimizer == "adamw8bit" and weight.size >= MIN_QUANTISED:
             if name not in self._quantised:
@@ -110,7 +113,7 @@ class Optimizer:
             _adamw8bit(name, weight, gradient, self._quantised[name], self._buffers, factors)
             return
         if name not in self._moments:
-            self._moments[name] = (np.zeros(weight.size, np.float32), np.zeros(weight.size, np.float32))
+            self._moments[name] = (page_zeros((weight.size,)), page_zeros((weight.size,)))
         first, second = self._moments[name]
         _check_size(name, weight, first)
         for part in parts(weight.size):
@@ -238,7 +241,7 @@ class QuantisedMoment:
     def __init__(self, size: int, *, signed: bool) -> None:
         import numpy as np
 
-        self.codes = np.zeros(size, np.uint8)  # the scales are zero, so these mean zero
+        self.codes = page_zeros((size,), "uint8")  # the scales are zero, so these mean zero
         self.scales = np.zeros(-(-size // BLOCK), np.float32)
         self._signed = signed
         self._book, self._table = code_book(signed=signed), _code_table(signed=signed)

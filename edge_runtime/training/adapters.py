@@ -1,0 +1,69 @@
+"""LoRA adapters of a model's trained blocks (Hu et al. 2021, https://arxiv.org/abs/2106.09685), as numpy arrays.
+
+Every matrix of a block gets A (rank, in), drawn at random, and B (out, rank), zero at first; the layer computes
+W x + scale * B A x with scale = LORA_ALPHA / rank. Not the training (`graph_backend.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from edge_runtime.graphs.bundle import part_tensors, relative_names
+from edge_runtime.model import ModelSpec, TensorSpec
+from edge_runtime.records import TrainSettings
+
+Array = np.ndarray[Any, np.dtype[Any]]
+LORA_ALPHA = 16.0
+A, B = ".lora_a", ".lora_b"
+
+
+class LoraAdapters:
+    """The adapters of some blocks.
+
+    Attributes:
+        tensors: A and B of every matrix by full name, float32.
+        scale: what B A is multiplied by, a float32 scalar array.
+    """
+
+    def __init__(self, spec: ModelSpec, blocks: Iterable[int], rank: int, settings: TrainSettings) -> None:
+        random = np.random.default_rng(settings.seed)
+        self.tensors: dict[str, Array] = {}
+        self.scale = np.array(LORA_ALPHA / rank, np.float32)
+        self._names: dict[int, dict[str, str]] = {}
+        for part in blocks:
+            self._names[part] = {}
+            for relative, tensor in zip(relative_names(spec, part), part_tensors(spec, part), strict=True):
+                if is_adapted(tensor):
+                    outputs, inputs = tensor.shape
+                    bound = 1 / math.sqrt(inputs)  # as torch initialises a linear layer
+                    stem, full = relative.removesuffix(".weight"), tensor.name.removesuffix(".weight")
+                    self.tensors[full + A] = random.uniform(-bound, bound, (rank, inputs)).astype(np.float32)
+                    self.tensors[full + B] = np.zeros((outputs, rank), np.float32)
+                    self._names[part] |= {stem + A: full + A, stem + B: full + B}
+
+    def names(self, part: int) -> dict[str, str]:
+        """Full names of a block's adapters by their names in the graphs."""
+        return self._names[part]
+
+    def delta(self, tensor: TensorSpec) -> Array:
+        """What the adapters add to a tensor; zeros for one that has none."""
+        stem = tensor.name.removesuffix(".weight")
+        if stem + A not in self.tensors:
+            return np.zeros(tensor.shape, np.float32)
+        product: Array = self.tensors[stem + B] @ self.tensors[stem + A] * self.scale
+        return product
+
+
+def is_adapted(tensor: TensorSpec) -> bool:
+    """Whether a block's tensor gets adapters: the weight of a linear layer."""
+    return len(tensor.shape) == 2 and tensor.name.endswith(".weight")
+
+
+def adapter_parameters(spec: ModelSpec, depth: int, rank: int) -> int:
+    """Trained values in the adapters of the last `depth` blocks, without the head."""
+    blocks = [t for t in spec.suffix(depth) if t.part < spec.num_blocks]
+    return sum(rank * sum(t.shape) for t in blocks if is_adapted(t))
