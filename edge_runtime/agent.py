@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.calibration import worker_job
 from edge_runtime.errors import ConnectionFailed, DoesNotFit, EdgeError, StoreError, TrainingFailed, WireError
 from edge_runtime.keeper import Emit, ModelKeeper
 from edge_runtime.outbox import Outbox
-from edge_runtime.planner import OPTIMIZERS, choose, over_budget, shrink
+from edge_runtime.planner import choose, over_budget, shrink
 from edge_runtime.records import CostRow, Plan, TrainReport
 from edge_runtime.session import Session
 from edge_runtime.topics import Topics
+from edge_runtime.training.optimizers import OPTIMIZERS
 from edge_runtime.training.process import Worker
 from edge_runtime.transport import Connected, Disconnected, Event, Message, Transport
 from edge_runtime.version import software
@@ -178,7 +178,7 @@ class Agent:
         body = decode(message.payload, kind).body
         if isinstance(body, Model):
             self.keeper.announce(body)
-            if self._training and self._training.grant.model_version < body.version:
+            if self._training and (self._training.grant.model_version < body.version or body.finished):
                 self._stop_training("the round ended without us")
         elif isinstance(body, Round):
             self._round_announced(body)
@@ -189,7 +189,7 @@ class Agent:
         elif isinstance(body, Ack):
             self._acknowledged(body)
         elif isinstance(body, Missing):
-            self.keeper.missing(body.blob)
+            self.keeper.missing(body.blob, self.clock())
 
     def _keep_model(self, now: float) -> None:
         """Ask for what the announced version still lacks; make it ours when it is whole."""
@@ -208,6 +208,8 @@ class Agent:
         if before is None or (round_.run, round_.round, round_.epoch) != (before.run, before.round, before.epoch):
             self._joined_at = 0.0
         self._round = round_
+        if self._training and round_.run == self._training.grant.run and round_.round > self._training.grant.round:
+            self._stop_training("the round ended without us")
 
     def _join_round(self, now: float) -> None:
         """Say what we could do for the open round, again and again until there is an answer."""
@@ -280,12 +282,8 @@ class Agent:
 
     def _start(self, grant: Grant, plan: Plan, limit_bytes: int, attempt: int) -> None:
         assert self.keeper.manifest, "a grant is for the model that is held"
-        source, corpus = self.session.inputs(self.keeper.manifest, self.keeper.store)
-        job = worker_job("train", source) | {
+        job = self.session.job(self.keeper.manifest, self.keeper.store, plan.settings) | {
             "plan": dataclasses.asdict(plan),
-            "corpus": str(corpus),
-            "test_corpus": None,
-            "threads": self.session.threads,
             "update": str(self.outbox.draft.absolute()),
         }
         worker = Worker(job, limit_bytes=limit_bytes, threads=self.session.threads, nice=NICENESS)
@@ -363,6 +361,7 @@ class Agent:
             self.outbox.drop_draft()
             self.emit({"event": "abandoned", "round": self._training.grant.round, "reason": why})
             self._training = None
+            self._say("idle", force=True)
 
     # saying things
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
-from edge_runtime.cost import LAW, Calibration
-from edge_runtime.errors import MissingExtra, StoreError, WireError
+from edge_runtime.cost import LAW, Calibration, DataShape
+from edge_runtime.engine import Engine, torch_version
+from edge_runtime.errors import StoreError, WireError
 from edge_runtime.model import ModelSpec
 from edge_runtime.source import Source
 from edge_runtime.store import read_json, write_json
@@ -18,7 +21,7 @@ from edge_runtime.training.process import run_worker
 from edge_runtime.wire import from_plain
 
 LENGTH_STEP = 8
-LAW_VERSION = 2  # one more when the probe or the law changes, so that older measurements are not used
+LAW_VERSION = 4  # one more when the probe or the law changes, so that older measurements are not used
 
 
 def worker_job(job: str, source: Source) -> dict[str, object]:
@@ -36,24 +39,21 @@ def worker_job(job: str, source: Source) -> dict[str, object]:
     }
 
 
-def torch_version() -> str:
-    """The installed torch, without importing it.
-
-    Raises:
-        MissingExtra: there is none.
-    """
-    try:
-        return importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        raise MissingExtra("training needs torch, which is not installed: pip install 'edge-runtime[train]'") from None
-
-
 def calibrate(
-    source: Source, mean_length: float, threads: int, cache: Path, *, limit_bytes: int | None = None
+    source: Source,
+    engine: Engine,
+    data: DataShape,
+    optimizer: str,
+    threads: int,
+    cache: Path,
+    *,
+    limit_bytes: int | None = None,
 ) -> Calibration:
     """The remembered calibration, or a fresh one from a probe of about three seconds in its own process."""
-    length = max(LENGTH_STEP, round(mean_length / LENGTH_STEP) * LENGTH_STEP)
-    file = cache / "calibration" / f"{_key(source.spec, length, threads)}.json"
+    mean, longest = (_round(n, source.spec.max_length) for n in (data.mean_length, data.longest))
+    choices = {"mean": mean, "longest": longest, "threads": threads, "optimizer": optimizer}
+    choices |= {"rank": engine.rank, "precision": engine.precision}
+    file = cache / "calibration" / f"{_key(source.spec, engine, choices)}.json"
     try:
         found = read_json(file)
         if found is not None:
@@ -61,25 +61,29 @@ def calibrate(
             return calibration
     except (StoreError, WireError, KeyError, TypeError):
         pass  # a damaged file is measured again
-    result = run_worker(
-        {**worker_job("probe", source), "length": length, "threads": threads}, threads=threads, limit_bytes=limit_bytes
-    )
+    job = {**worker_job("probe", source), **engine.job(cache), **choices}
+    result = run_worker(job, threads=threads, limit_bytes=limit_bytes)
     write_json(file, result)
     fresh: Calibration = from_plain(Calibration, result["calibration"], "calibration")
     return fresh
 
 
-def _key(spec: ModelSpec, length: int, threads: int) -> str:
-    boot_cpu = platform.processor() or platform.machine()
+def _round(length: float, most: int) -> int:
+    """Up to a multiple of LENGTH_STEP, so that a few more texts need no new probe."""
+    return min(most, max(LENGTH_STEP, math.ceil(length / LENGTH_STEP) * LENGTH_STEP))
+
+
+def _key(spec: ModelSpec, engine: Engine, choices: Mapping[str, object]) -> str:
+    library = torch_version() if engine.backend == "torch" else importlib.metadata.version("onnxruntime")
     parts = [
         LAW_VERSION,
         spec.family,
         dict(spec.config),
         len(spec.labels),
-        length,
-        threads,
-        torch_version(),
-        boot_cpu,
+        engine.backend,
+        dict(choices),
+        library,
+        platform.processor() or platform.machine(),
         os.cpu_count(),
         repr(LAW),
         platform.python_version(),

@@ -15,8 +15,10 @@ from pathlib import Path
 
 from edge_runtime import commands as do
 from edge_runtime.console import EXIT_CODES, Commands, new_parser, run_main
+from edge_runtime.engine import BACKENDS, PRECISIONS
 from edge_runtime.records import TrainSettings
 from edge_runtime.source import DEFAULT_FAMILY
+from edge_runtime.training.optimizers import OPTIMIZERS
 from edge_runtime.version import software
 
 _parser = partial(new_parser, exit_codes=EXIT_CODES)
@@ -104,6 +106,8 @@ def _add_train(commands: Commands) -> None:
     train.add_argument(
         "--depth", type=int, help="train this suffix depth instead of the deepest that fits (0 = the head)"
     )
+    delta = "write only the trained tensors; the model's folder must then stay as it is and where it is"
+    train.add_argument("--delta", action="store_true", help=delta)
     train.set_defaults(run=do.run_train, upload=None)
 
 
@@ -125,6 +129,7 @@ def _add_join(commands: Commands) -> None:
     join.add_argument("--time", help="longest training in one round, for example 15m")
     join.add_argument("--upload", help="most bytes of one update, for example 8MB")
     join.add_argument("--threads", type=_count, help="threads for training (default: all cores)")
+    _engine_flags(join, defaults=False)
     _data_flags(join, defaults=False)
     join.set_defaults(run=do.run_join)
 
@@ -149,17 +154,20 @@ def _add_predict(commands: Commands) -> None:
     predict = _parser(
         commands,
         "predict",
-        "Classify texts with an exported model; needs no torch.",
-        "edge-runtime predict m.onnx 'Where is the Louvre ?' 'Who wrote Emma ?'",
+        "Classify texts with a trained model; needs no torch.",
+        "edge-runtime predict my-model 'Where is the Louvre ?' 'Who wrote Emma ?'",
         "edge-runtime predict m.onnx --file texts.txt --json",
-        "cat texts.txt | edge-runtime predict m.onnx",
+        "cat texts.txt | edge-runtime predict /var/lib/edge",
     )
-    predict.add_argument("model", type=Path, help="an ONNX file from `edge-runtime export`")
+    model = "a folder from `train`, the --state folder of `join`, or an ONNX file from `edge-runtime export`"
+    predict.add_argument("model", type=Path, help=model)
     predict.add_argument("text", nargs="*", help="texts to classify (default: one for each line of standard input)")
-    predict.add_argument("--file", type=Path, help="read one text from each line of this file")
+    predict.add_argument("--file", type=Path, help="read one text from each line of this file (-: standard input)")
     predict.add_argument("--evaluate", type=Path, metavar="DATA", help="print the accuracy on a labelled file instead")
     predict.add_argument("--top", type=_count, default=1, help="labels to show for each text (%(default)s)")
     predict.add_argument("--threads", type=_count, help="threads (default: physical cores)")
+    family = "module that knows the architecture of a folder from `train` (%(default)s)"
+    predict.add_argument("--family", default=DEFAULT_FAMILY, help=family)
     _data_flags(predict)
     predict.set_defaults(run=do.run_predict)
 
@@ -187,6 +195,7 @@ def _training_flags(command: argparse.ArgumentParser) -> None:
     add("--time", help="longest training, for example 15m")
     _settings_flags(command)
     add("--threads", type=_count, help="(default: all cores)")
+    _engine_flags(command)
     add("--max-length", type=int, help="tokens after which a text is cut (default: the model's own, at most 128)")
     add("--family", default=DEFAULT_FAMILY, help="module that knows the architecture (%(default)s)")
     add("--new-head", action="store_true", help="forget the checkpoint's own classes")
@@ -202,8 +211,26 @@ def _settings_flags(command: argparse.ArgumentParser) -> None:
     add("--learning-rate", type=float, default=base.learning_rate, help="of the blocks (%(default)s)")
     add("--head-learning-rate", type=float, default=base.head_learning_rate, help="(%(default)s)")
     add("--weight-decay", type=float, default=base.weight_decay, help="(%(default)s)")
-    add("--optimizer", default=base.optimizer, help="adamw, or sgd, which needs less memory (%(default)s)")
+    add(
+        "--optimizer",
+        default=base.optimizer,
+        choices=OPTIMIZERS,
+        help="from most to least memory: 8, 2, 4 or 0 bytes of state for each trained weight (%(default)s)",
+    )
     add("--seed", type=int, default=base.seed, help="(%(default)s)")
+    rank = "train LoRA adapters of this rank instead of the blocks themselves (%(default)s = the blocks)"
+    add("--lora-rank", type=int, default=base.lora_rank, help=rank)
+    add("--adapter-learning-rate", type=float, default=base.adapter_learning_rate, help="of adapters (%(default)s)")
+
+
+def _engine_flags(command: argparse.ArgumentParser, *, defaults: bool = True) -> None:
+    """What training runs on."""
+    group = command.add_argument_group("engine")
+    backend = "onnx needs no torch and least memory; auto takes it wherever the model's graphs can be had (auto)"
+    group.add_argument("--backend", choices=BACKENDS, default="auto" if defaults else None, help=backend)
+    precision = "of the frozen blocks: float32 or int8 (float32)"
+    group.add_argument("--precision", choices=PRECISIONS, default="float32" if defaults else None, help=precision)
+    group.add_argument("--no-prefix-cache", action="store_true", help="do not keep the frozen blocks' outputs on disk")
 
 
 def _data_flags(command: argparse.ArgumentParser, *, defaults: bool = True) -> None:

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from edge_runtime import local
 from edge_runtime.budget import memory_budget
 from edge_runtime.console import Bar, note, print_json, table
-from edge_runtime.errors import DoesNotFit, UsageError
+from edge_runtime.engine import EngineOptions
+from edge_runtime.errors import DoesNotFit, EdgeError, UsageError
 from edge_runtime.planner import mib
 from edge_runtime.records import DeviceProfile, TrainSettings
 from edge_runtime.source import find_checkpoint, open_source
+from edge_runtime.store import cache_folder
 
 if TYPE_CHECKING:
     from edge_runtime.data import Example
@@ -85,6 +87,8 @@ def _plan(args: Namespace) -> tuple[local.Planned, local.Device]:
         weight_decay=args.weight_decay,
         optimizer=args.optimizer,
         seed=args.seed,
+        lora_rank=args.lora_rank,
+        adapter_learning_rate=args.adapter_learning_rate,
     )
     device = local.Device.measure(args.threads, speed=False)
     bad_rows = "skip" if args.skip_bad_rows else "error"
@@ -100,6 +104,7 @@ def _plan(args: Namespace) -> tuple[local.Planned, local.Device]:
         family=args.family,
         new_head=args.new_head,
         options=local.DataOptions(args.text_column, args.label_column, args.encoding, bad_rows),
+        engine=EngineOptions(args.backend, args.precision, not args.no_prefix_cache),
         holdout=args.holdout,
         test=args.test,
         progress=note,
@@ -130,7 +135,15 @@ def _print_plan(planned: local.Planned) -> None:
     )
     print(
         f"budgets: memory {mib(budget.memory_bytes)}, time {f'{budget.time_s:.0f} s' if budget.time_s else 'any'}, "
-        f"upload {mib(budget.upload_bytes) if budget.upload_bytes else 'any'}\n"
+        f"upload {mib(budget.upload_bytes) if budget.upload_bytes else 'any'}"
+    )
+    row = planned.rows[-1]
+    print(
+        f"backend {row.backend}"
+        + (f", LoRA adapters of rank {row.rank}" if row.rank else "")
+        + (f", frozen blocks in {row.precision}" if row.precision != "float32" else "")
+        + (", frozen blocks' outputs cached after the first epoch" if planned.rows[0].cached else "")
+        + "\n"
     )
     header = ("blocks", "checkpointing", "micro-batch", "peak memory", "step", "epoch", "upload", "")
     print(table(header, _plan_cells(planned)))
@@ -160,7 +173,9 @@ def _plan_cells(planned: local.Planned) -> list[list[str]]:
 def run_train(args: Namespace) -> int:
     """Plan, finetune in a worker process within the budget, save the model, and print what was promised and measured."""
     planned, device = _plan(args)
-    trained = local.train(planned, args.out, device=device, depth=args.depth, progress=Bar("training"))
+    trained = local.train(
+        planned, args.out, device=device, depth=args.depth, delta=args.delta, progress=Bar("training")
+    )
     if args.json:
         print_json(
             dataclasses.asdict(trained.report)
@@ -186,6 +201,7 @@ def _trained_fields(planned: local.Planned, trained: local.Trained) -> list[tupl
     if report.accuracy is not None:
         accuracy = f"{100 * report.accuracy:.1f} % of the held-out examples"
     return [
+        ("backend", report.backend),
         ("trained", f"{what}, micro-batch {report.micro_batch}, {report.steps} steps"),
         (
             "peak memory",
@@ -214,7 +230,7 @@ def run_export(args: Namespace) -> int:
 
     check_file(args.out)
     checkpoint = find_checkpoint(args.model, family=args.family, progress=note)
-    source = open_source(checkpoint, None, local.cache_folder())
+    source = open_source(checkpoint, None, cache_folder())
     samples: Sequence[str] = SAMPLES
     if args.data:
         samples = [row.text for row in _read_rows(args.data, args, bad_rows="skip")[:MAX_SAMPLES]]
@@ -242,27 +258,38 @@ def run_predict(args: Namespace) -> int:
         raise UsageError(
             f"predict takes texts, --file or --evaluate, not {' and '.join(given)} together: leave out one"
         )
+    predictor = Predictor(args.model, args.threads, family=args.family, progress=note)
     if args.evaluate:
-        _print_accuracy(args)
+        _print_accuracy(predictor, args)
         return 0
-    predictor = Predictor(args.model, args.threads)
-    texts = iter(args.text) if args.text else iter_texts(args.file or sys.stdin.buffer)
-    typed = not args.text and not args.file and sys.stdin.isatty()  # then each line has its answer at once
+    file = None if args.file == Path("-") else args.file
+    texts = iter(args.text) if args.text else iter_texts(file or sys.stdin.buffer)
+    typed = not args.text and not file and sys.stdin.isatty()  # then each line has its answer at once
     batch: list[str] = []
     for text in texts:
         batch.append(text)
         if typed or len(batch) == PREDICT_TEXTS:
             _print_predictions(predictor, batch, args)
             batch = []
+            _refresh(predictor)
     _print_predictions(predictor, batch, args)
     return 0
 
 
-def _print_accuracy(args: Namespace) -> None:
+def _refresh(predictor: Predictor) -> None:
+    """Go on with the agent's newest model; what is wrong with it is no reason to stop."""
+    try:
+        if predictor.refresh():
+            note(f"going on with model {predictor.metadata.get('model_version')}")
+    except EdgeError as error:
+        note(f"going on with model {predictor.metadata.get('model_version')}, the newest cannot be used: {error}")
+
+
+def _print_accuracy(predictor: Predictor, args: Namespace) -> None:
     from edge_runtime.predict import evaluate
 
     rows = _read_rows(args.evaluate, args)
-    accuracy = evaluate(args.model, ((row.text, row.label) for row in rows), args.threads)
+    accuracy = evaluate(predictor, ((row.text, row.label) for row in rows))
     if args.json:
         print_json({"accuracy": accuracy, "num_examples": len(rows)})
     else:
@@ -274,7 +301,7 @@ def _print_predictions(predictor: Predictor, texts: Sequence[str], args: Namespa
         best = sorted(found.probabilities.items(), key=lambda item: -item[1])
         if args.json:
             record = {"text": text, "label": found.label, "probability": found.probability}
-            print_json(record | {"probabilities": dict(best)})
+            print_json(record | {"probabilities": dict(best), "model_version": found.model_version})
         else:
             shown = ", ".join(f"{label} {100 * p:.1f} %" for label, p in best[: args.top])
             print(f"{shown}\t{text if len(text) <= 100 else text[:97] + '...'}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -14,11 +15,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
-from edge_runtime.errors import EdgeError
+from edge_runtime.errors import EdgeError, StoreError
 
 INTERRUPTED = 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk, a quota or a limit says that takes no more
 EXIT_CODES = {
     0: "done",
     2: "usage",
@@ -32,6 +34,7 @@ EXIT_CODES = {
     10: "storage",
     INTERRUPTED: "stopped",
 }
+_lost = False  # whether the last JSON line found no space: more than the stream can tell where it has no buffer
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Sentences: TypeAlias = Mapping[str, Callable[[dict[str, Any]], str]]
 
@@ -55,20 +58,34 @@ def new_parser(
 
 
 def run_main(main: Callable[[], int]) -> int:
-    """Run a command: our errors become one line and their exit code; Ctrl-C ends with 130; a closed pipe is no error."""
+    """Run a command: our errors become one line and their exit code; Ctrl-C ends with 130; a closed pipe is no error.
+
+    What could not be printed because the disk is full is one, at the end.
+    """
     try:
         code = main()
         sys.stdout.flush()
-        return code
+        return _no_space() if _lost else code
     except EdgeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}", sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        _say("stopped", sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        return _no_space()
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None where the caller closed it
+            _give_up_unprinted(stream)
+
+
+def _no_space() -> int:
+    _say("error: no space left for what this command prints: free some", sys.stderr)
+    return StoreError.exit_code
 
 
 def note(line: str) -> None:
@@ -76,12 +93,32 @@ def note(line: str) -> None:
     shown = "".join(
         c if c.isprintable() or c == "\t" else "?" for c in line
     )  # a device's words must not move the cursor
-    print(shown, file=sys.stderr, flush=True)
+    _say(shown, sys.stderr)
 
 
 def print_json(value: Any) -> None:
     """One JSON value on a line of its own."""
-    print(json.dumps(value), flush=True)
+    global _lost
+    _lost = not _say(json.dumps(value), sys.stdout)
+
+
+def _say(line: str, stream: TextIO) -> bool:
+    """Print a line at once; -> whether a full disk took it. It must not end what logs there, as a closed pipe does."""
+    try:
+        print(line, file=stream, flush=True)
+        return True
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        return False
+
+
+def _give_up_unprinted(stream: TextIO) -> None:
+    """Let go what a stream cannot write: the interpreter would try once more as it ends, and complain."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def what_is_trained(depth: int) -> str:

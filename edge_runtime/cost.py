@@ -12,12 +12,16 @@ from typing import Annotated
 
 from edge_runtime.model import ModelSpec
 from edge_runtime.records import Bytes, CostRow, Range, Seconds, TrainSettings
+from edge_runtime.training.optimizers import state_bytes_per_parameter
 
 PADDING = 1.06  # padded tokens per real token with length bucketing, measured on TREC and Debian descriptions
 MARGIN = 1.03  # the promise stands this much above the law, so that a device keeps it,
 HEAP_BYTES = 12 << 20  # and this: holes in the heap, which come and go with the lengths of the texts
 PIECES_BYTES = 8 << 20  # more of them where a batch is cut into pieces of different sizes
 ROUND_BYTES = 1 << 20
+GRAPH_BACKEND = "onnx"
+GRAPH_MARGIN, GRAPH_HEAP_BYTES = 1.02, 8 << 20  # the same for the graph backend, whose working memory is measured
+CACHE_BUFFERS = 4  # batches of features in memory while the cache is read ahead
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,14 @@ class DataShape:
     num_examples: int
     longest: int
     mean_length: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured peak."""
+
+    tokens: Annotated[int, Range(1, 1 << 40)]
+    peak_bytes: Bytes
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,15 @@ class Calibration:
     train_fixed_s: Seconds  # one block forward and backward
     train_per_token_s: Seconds
     update_per_parameter_s: Seconds  # optimizer
+    rank: Annotated[int, Range(0, 1024)] = 0  # of the LoRA adapters that were measured
+    precision: Annotated[str, Range(1, 32)] = "float32"  # of the frozen prefix
+    rest_fixed_s: Seconds = 0.0  # embedding and head
+    rest_per_token_s: Seconds = 0.0
+    # Backend "onnx": what the law of `graph_law_bytes` does not explain, by the padded tokens of a micro-batch.
+    head_peaks: Annotated[tuple[Point, ...], Range(0, 16)] = ()  # the head alone trained
+    block_peaks: Annotated[tuple[Point, ...], Range(0, 16)] = ()  # one or two blocks, as `probed_depth` says
+    probed_depth: Annotated[int, Range(0, 2)] = 0
+    saved_per_token_bytes: Bytes = 0  # for each further trained block, without checkpointing
 
 
 @dataclass(frozen=True)
@@ -61,8 +82,69 @@ LAW = ActivationLaw()
 def static_bytes(spec: ModelSpec, depth: int, optimizer: str) -> int:
     """Weights and optimizer state, without gradients; frozen weights count as mapped pages, all of them touched."""
     frozen = sum(t.num_bytes for t in spec.tensors if t.part < spec.num_blocks - depth)
-    copies = 3 if optimizer == "adamw" else 1
-    return frozen + copies * upload_bytes(spec, depth)
+    return frozen + trained_bytes(spec, depth, 0, optimizer)
+
+
+def trained_bytes(spec: ModelSpec, depth: int, rank: int, optimizer: str) -> int:
+    """What is trained and its optimizer states."""
+    return int((4 + state_bytes_per_parameter(optimizer)) * trained_size(spec, depth, rank))
+
+
+def trained_size(spec: ModelSpec, depth: int, rank: int) -> int:
+    """Trained values: the suffix's, or the adapters' and the head's."""
+    if rank == 0 or depth == 0:
+        return sum(t.size for t in spec.suffix(depth))
+    return spec.adapter_size(depth, rank) + sum(t.size for t in spec.suffix(0))
+
+
+def graph_law_bytes(
+    spec: ModelSpec, depth: int, checkpointing: bool, rank: int, tokens: int, batch_tokens: int, optimizer: str
+) -> int:
+    """What the graph backend holds throughout a step, without what a micro-batch of `tokens` needs (that is measured).
+
+    Gradients are summed over micro-batches for every trained block, or, layer by layer, for one block at a time; a further
+    micro-batch's gradients of one block stand beside them. Hidden states of the whole batch: before and after a frozen block,
+    and with checkpointing each trained block's input and two gradients.
+    """
+    one_block = 4 * trained_size(spec, min(depth, 1), rank)
+    pieces = -(-batch_tokens // tokens)
+    sums = one_block
+    if pieces > 1:
+        sums += one_block if checkpointing or depth == 0 else 4 * trained_size(spec, depth, rank)
+    states = min(2, 1 + spec.num_blocks - depth) * batch_tokens
+    states += (depth + 1) * batch_tokens if checkpointing else 2 * tokens
+    return trained_bytes(spec, depth, rank, optimizer) + sums + 4 * states * spec.hidden
+
+
+def graph_peak_bytes(
+    spec: ModelSpec,
+    settings: TrainSettings,
+    calibration: Calibration,
+    depth: int,
+    checkpointing: bool,
+    tokens: int,
+    batch_tokens: int,
+) -> int:
+    """Peak of the graph backend, with micro-batches of `tokens` padded tokens in a batch of `batch_tokens`."""
+    c = calibration
+    held = graph_law_bytes(spec, depth, checkpointing, c.rank, tokens, batch_tokens, settings.optimizer)
+    head = held + between(c.head_peaks, tokens)
+    if depth == 0:
+        return int(head)
+    kept = 1 if checkpointing else depth
+    return int(
+        max(head, held + between(c.block_peaks, tokens) + (kept - c.probed_depth) * c.saved_per_token_bytes * tokens)
+    )
+
+
+def between(points: Sequence[Point], tokens: int) -> float:
+    """The line through the two measured points around `tokens`, or the nearest two, continued."""
+    if len(points) < 2:
+        return float(points[0].peak_bytes) if points else 0.0
+    number = sum(p.tokens < tokens for p in points[1:-1])
+    low, high = points[number], points[number + 1]
+    slope = (high.peak_bytes - low.peak_bytes) / max(1, high.tokens - low.tokens)
+    return low.peak_bytes + max(0.0, slope) * (tokens - low.tokens)
 
 
 def dynamic_bytes(spec: ModelSpec, depth: int, checkpointing: bool, tokens: int, pieces: int) -> int:
@@ -104,25 +186,49 @@ def cost(
     depth: int,
     checkpointing: bool,
     micro_batch: int,
+    cached: bool = False,
 ) -> CostRow:
     """The predicted cost of one candidate."""
-    batch = max(1, min(settings.batch_size, data.num_examples))
+    c, batch = calibration, max(1, min(settings.batch_size, data.num_examples))
+    micro_batch = min(micro_batch, batch)
     pieces = -(-batch // micro_batch)
-    law = law_bytes(spec, depth, checkpointing, micro_batch * data.longest, pieces, settings.optimizer)
-    holes = HEAP_BYTES + (PIECES_BYTES if pieces > 1 else 0)
-    peak = int((calibration.runtime_bytes + law) * MARGIN + holes) // ROUND_BYTES * ROUND_BYTES + ROUND_BYTES
+    cached = cached and c.backend == GRAPH_BACKEND and depth < spec.num_blocks
+    if c.backend == GRAPH_BACKEND:
+        law = graph_peak_bytes(
+            spec, settings, c, depth, checkpointing, micro_batch * data.longest, batch * data.longest
+        )
+        law += CACHE_BUFFERS * 4 * batch * data.longest * spec.hidden if cached else 0
+        peak = law * GRAPH_MARGIN + GRAPH_HEAP_BYTES
+    else:
+        law = law_bytes(spec, depth, checkpointing, micro_batch * data.longest, pieces, settings.optimizer)
+        peak = (c.runtime_bytes + law) * MARGIN + HEAP_BYTES + (PIECES_BYTES if pieces > 1 else 0)
     tokens = batch * min(data.mean_length * PADDING, data.longest)
 
     def seconds(fixed_s: float, per_token_s: float) -> float:
         return pieces * fixed_s + tokens * per_token_s
 
-    forward = seconds(calibration.forward_fixed_s, calibration.forward_per_token_s)
-    train = seconds(calibration.train_fixed_s, calibration.train_per_token_s)
-    step = (spec.num_blocks - depth) * forward + depth * train + (depth * forward if checkpointing else 0)
-    step += forward  # embedding and head
-    step += sum(t.size for t in spec.suffix(depth)) * calibration.update_per_parameter_s
+    forward = seconds(c.forward_fixed_s, c.forward_per_token_s)
+    train = seconds(c.train_fixed_s, c.train_per_token_s)
+    again = depth if c.backend != GRAPH_BACKEND else max(0, depth - 1)  # blocks that checkpointing runs twice
+    prefix = (spec.num_blocks - depth) * forward
+    step = depth * train + (again * forward if checkpointing else 0)
+    step += seconds(c.rest_fixed_s, c.rest_per_token_s)
+    step += trained_size(spec, depth, c.rank) * c.update_per_parameter_s
     steps = data.num_examples / batch
-    return CostRow(depth, checkpointing, micro_batch, peak, step, step * steps, upload_bytes(spec, depth))
+    return CostRow(
+        depth,
+        checkpointing,
+        micro_batch,
+        int(peak) // ROUND_BYTES * ROUND_BYTES + ROUND_BYTES,
+        step + prefix,
+        (step + prefix) * steps,
+        upload_bytes(spec, depth),
+        backend=c.backend,
+        rank=c.rank if depth else 0,
+        precision=c.precision,
+        cached=cached,
+        later_epoch_s=step * steps if cached else 0.0,
+    )
 
 
 def micro_batches(batch_size: int) -> Sequence[int]:

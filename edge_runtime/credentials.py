@@ -30,6 +30,9 @@ class DeviceSection:
     time: str = ""
     upload: str = ""
     threads: int = 0
+    backend: str = "auto"
+    precision: str = "float32"
+    no_prefix_cache: bool = False
     text_column: str = "text"
     label_column: str = "label"
     encoding: str = ""

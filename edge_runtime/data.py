@@ -25,7 +25,7 @@ from edge_runtime.errors import DataError, UsageError
 from edge_runtime.lines import INVALID, MAX_ROW_CHARS, SURROGATE, Lines, RowTooLong, open_lines
 
 MAX_ARRAY_CHARS = 256 << 20
-MAX_LABEL_CHARS = 256
+MAX_LABEL_CHARS = 200  # as in a manifest
 KEPT_BAD_ROWS = 20
 NAMED_BAD_ROWS = 5
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")

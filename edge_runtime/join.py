@@ -16,6 +16,7 @@ from edge_runtime.agent_log import AgentLog
 from edge_runtime.budget import parse_bytes, parse_seconds
 from edge_runtime.console import note, print_json, until_told_to_stop
 from edge_runtime.credentials import Credentials, DeviceSection, read_credentials
+from edge_runtime.engine import EngineOptions
 from edge_runtime.errors import DataError, UsageError
 from edge_runtime.session import Session
 from edge_runtime.store import lock_folder
@@ -62,6 +63,7 @@ def _session(wanted: DeviceSection, cache: Path) -> Session:
         time_s=parse_seconds(wanted.time) if wanted.time else None,
         upload_bytes=parse_bytes(wanted.upload) if wanted.upload else None,
         threads=wanted.threads or local.Device.measure(speed=False).threads,
+        engine=EngineOptions(wanted.backend, wanted.precision, not wanted.no_prefix_cache),
         options=local.DataOptions(wanted.text_column, wanted.label_column, wanted.encoding or None, "skip"),
         say=note,
     )

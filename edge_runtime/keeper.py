@@ -19,6 +19,7 @@ from edge_runtime.transfer import Receiver
 from edge_runtime.wire import Model, Need
 
 MAX_BAD_HASHES = 3
+MISSING_S = 30.0  # after the coordinator lacked a blob, until it is asked again
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -39,6 +40,7 @@ class ModelKeeper:
         self._bad_hashes = 0
         self._refused: bytes | None = None  # a manifest that this device cannot use: not fetched again and again
         self._held_blob = b""
+        self._ask_at = 0.0  # not before: the coordinator lacked a blob
         self.manifest = self._load()
 
     @property
@@ -57,7 +59,7 @@ class ModelKeeper:
             reason = "the fleet was begun anew? remove this device's state folder to follow it"
             self._emit({"event": "old-model", "announced": model.version, "held": self.held, "reason": reason})
         elif self.announced is None or model.manifest != self.announced.manifest:
-            self.announced, self._bad_hashes = model, 0
+            self.announced, self._bad_hashes, self._ask_at = model, 0, 0.0
             self._start_again()
         else:
             self.announced = model
@@ -69,7 +71,7 @@ class ModelKeeper:
             EdgeError, OSError: the version cannot be used here, or the disk is full. Call `pause` and try again later.
         """
         model = self.announced
-        if model is None or model.manifest in (self._held_blob, self._refused):
+        if model is None or model.manifest in (self._held_blob, self._refused) or now < self._ask_at:
             return None
         if self._incoming is None:
             if self.store.has(model.manifest) and file_sha256(self.store.path(model.manifest)) != model.manifest:
@@ -105,8 +107,12 @@ class ModelKeeper:
         """What was asked for is not on its way any more."""
         self._receiver.restart(now)
 
-    def missing(self, blob: bytes) -> None:
-        """The coordinator does not have a blob: a newer version will be announced."""
+    def missing(self, blob: bytes, now: float) -> None:
+        """The coordinator does not have a blob: a newer version will be announced, or its disk mended some time."""
+        if now >= self._ask_at:
+            what = f"model {self.announced.version}" if self.announced else "the model"
+            self._emit({"event": "problem", "reason": f"the coordinator lacks a part of {what}, {blob.hex()[:12]}"})
+        self._ask_at = now + MISSING_S
         self._receiver.cancel(blob)
         self._start_again()
 

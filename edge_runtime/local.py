@@ -8,7 +8,6 @@ No torch in this process: tokenising, calibration and training each run in a wor
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -17,8 +16,9 @@ from pathlib import Path
 
 from edge_runtime import hardware
 from edge_runtime.budget import memory_budget, parse_bytes, parse_seconds
-from edge_runtime.calibration import calibrate, torch_version, worker_job
-from edge_runtime.cost import DataShape
+from edge_runtime.calibration import calibrate, worker_job
+from edge_runtime.cost import Calibration, DataShape
+from edge_runtime.engine import Engine, EngineOptions, check_options, find_engine, torch_version
 from edge_runtime.errors import DataError, DoesNotFit, UsageError
 from edge_runtime.planner import check_settings, choose, cost_table, make_plan, over_budget
 from edge_runtime.records import Budget, CostRow, DeviceProfile, Plan, TrainReport, TrainSettings
@@ -28,19 +28,14 @@ from edge_runtime.source import (
     Source,
     add_update,
     check_model_folder,
+    delta_base,
     find_checkpoint,
     open_source,
     save_folder,
 )
-from edge_runtime.store import make_folder, read_json
+from edge_runtime.store import cache_folder, make_folder, read_json
 from edge_runtime.training.process import Worker, run_worker, wait_for
 from edge_runtime.wire import from_plain, to_plain
-
-
-def cache_folder() -> Path:
-    """Where fetched models, tokenised data and calibrations are kept: $EDGE_CACHE or the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("EDGE_CACHE") or Path(base) / "edge-runtime")
 
 
 @dataclass(frozen=True)
@@ -89,6 +84,8 @@ class Planned:
     budget: Budget
     source: Source
     prepared: Prepared
+    engine: Engine
+    calibration: Calibration
 
 
 def prepare(
@@ -140,6 +137,7 @@ def plan(
     family: str = DEFAULT_FAMILY,
     new_head: bool = False,
     options: DataOptions | None = None,
+    engine: EngineOptions | None = None,
     holdout: float = 0.0,
     test: str | Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
@@ -150,6 +148,7 @@ def plan(
         model: a checkpoint folder, an alias such as "minilm-l6", a hub id, or an agent's folder.
         data: CSV, TSV or JSON lines with a text and a label in each row.
         memory, time, upload: budgets, for example "450MB", "60%" or "auto"; "15m"; "2MB".
+        engine: backend, precision of the frozen prefix, and whether its outputs may be cached on disk.
         holdout: share of the data kept for testing; `test` is a file for the same purpose.
 
     Raises:
@@ -163,7 +162,9 @@ def plan(
         parse_bytes(upload) if upload else None,
     )
     cache = cache_folder()
-    torch_version()  # say at once that it is missing
+    engine = check_options(engine or EngineOptions())
+    if engine.backend == "torch":
+        torch_version()  # say at once that it is missing
     checkpoint = find_checkpoint(model, max_length=max_length, family=family, new_head=new_head, progress=progress)
     progress("reading the data")
     prepared = prepare(
@@ -172,16 +173,18 @@ def plan(
     if len(prepared.labels) < 2:
         raise DataError(f"{data} has one label, {prepared.labels[0]!r}: a classifier needs examples of two at least")
     source = open_source(checkpoint, prepared.labels, cache)
+    found = find_engine(source, engine, settings.lora_rank, cache, progress)
     progress("measuring this machine with the model")
-    calibration = calibrate(source, prepared.data.mean_length, device.threads, cache)
-    rows = cost_table(source.spec, prepared.data, settings, calibration, budget)
+    calibration = calibrate(source, found, prepared.data, settings.optimizer, device.threads, cache)
+    cached = found.cached and settings.epochs > 1
+    rows = cost_table(source.spec, prepared.data, settings, calibration, budget, cached)
     why_not = tuple(over_budget(row, budget, settings.epochs) for row in rows)
     chosen, refusal = None, ""
     try:
         chosen = make_plan(choose(rows, budget, settings.epochs), prepared.data, settings)
     except DoesNotFit as error:
         refusal = str(error)
-    return Planned(tuple(rows), why_not, chosen, refusal, budget, source, prepared)
+    return Planned(tuple(rows), why_not, chosen, refusal, budget, source, prepared, found, calibration)
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,7 @@ def train(
     *,
     device: Device | None = None,
     depth: int | None = None,
+    delta: bool = False,
     progress: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> Trained:
     """Carry out a plan in a worker process under its memory budget, and save the model as a folder.
@@ -206,6 +210,7 @@ def train(
     Args:
         planned: from `plan`.
         depth: train this suffix depth instead of the deepest that fits.
+        delta: write only the trained tensors and a reference to the base's folder, which must stay as it is.
         progress: called with (step, steps, loss).
 
     Raises:
@@ -214,23 +219,28 @@ def train(
     """
     out = Path(out)
     check_model_folder(out)
+    base = delta_base(planned.source, out) if delta else None
     device = device or Device.measure(speed=False)
     chosen = _chosen(planned, depth)
     make_folder(out)
     scratch = Path(tempfile.mkdtemp(dir=out, prefix=".training."))
     try:
         update = scratch / "update.f32"
-        job = worker_job("train", planned.source) | {
-            "plan": to_plain(chosen),
-            "corpus": str(planned.prepared.corpus),
-            "test_corpus": str(planned.prepared.test_corpus) if planned.prepared.test_corpus else None,
-            "threads": device.threads,
-            "update": str(update.absolute()),
-        }
+        job = (
+            worker_job("train", planned.source)
+            | planned.engine.job(cache_folder())
+            | {
+                "plan": to_plain(chosen),
+                "corpus": str(planned.prepared.corpus),
+                "test_corpus": str(planned.prepared.test_corpus) if planned.prepared.test_corpus else None,
+                "threads": device.threads,
+                "update": str(update.absolute()),
+            }
+        )
         worker = Worker(job, limit_bytes=planned.budget.memory_bytes, threads=device.threads)
         report: TrainReport = from_plain(TrainReport, wait_for(worker, progress)["report"], "report")
         weights = add_update(planned.source.spec, planned.source.weights, chosen.chosen.depth, update, scratch)
-        save_folder(out, planned.source.spec, weights, planned.source.tokenizer)
+        save_folder(out, planned.source.spec, weights, planned.source.tokenizer, base)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return Trained(out, report, worker.enforced_by)

@@ -20,6 +20,7 @@ from edge_runtime.wire import MAX_MANIFEST_BYTES, pack, unpack_as
 
 FORMAT = 1
 MAX_TENSOR_BYTES = 8 << 30
+MAX_GRAPHS_BYTES = 16 << 20
 Dimension = Annotated[int, Range(0, 1 << 40)]
 
 
@@ -57,6 +58,8 @@ class Manifest:
     tensors: Annotated[tuple[StoredTensor, ...], Range(1, 8192)]
     method: Annotated[str, Range(0, 64)] = ""
     parent: Annotated[bytes, Range(0, 32)] = b""
+    graphs: Annotated[bytes, Range(0, 32)] = b""  # the graph set that devices without torch train with
+    graphs_bytes: Annotated[int, Range(0, MAX_GRAPHS_BYTES)] = 0
 
     @property
     def spec(self) -> ModelSpec:
@@ -66,9 +69,11 @@ class Manifest:
         return ModelSpec(self.family, json.loads(self.config_json), self.labels, self.max_length, *shape, tensors)
 
     def blobs(self) -> dict[bytes, int]:
-        """Every blob the version consists of, with its size: the tensors and the tokenizer."""
+        """Every blob the version consists of, with its size: the tensors, the tokenizer and the graph set."""
         sizes = {t.blob: t.num_bytes for t in self.tensors}
         sizes[self.tokenizer] = self.tokenizer_bytes
+        if self.graphs:
+            sizes[self.graphs] = self.graphs_bytes
         return sizes
 
     def mapped(self, store: BlobStore) -> dict[str, MappedTensor]:
@@ -85,6 +90,8 @@ def make_manifest(
     version: int,
     method: str = "",
     parent: bytes = b"",
+    graphs: bytes = b"",
+    graphs_bytes: int = 0,
 ) -> Manifest:
     """The manifest of `spec` whose tensors have the hashes `blobs`."""
     return Manifest(
@@ -103,6 +110,8 @@ def make_manifest(
         tensors=tuple(StoredTensor(t.name, t.shape, t.part, blobs[t.name]) for t in spec.tensors),
         method=method,
         parent=parent,
+        graphs=graphs,
+        graphs_bytes=graphs_bytes,
     )
 
 
@@ -148,6 +157,10 @@ def decode_manifest(data: bytes) -> Manifest:
     if any(t.num_bytes > MAX_TENSOR_BYTES for t in manifest.tensors):
         raise WireError("a tensor of the manifest is absurdly large")
     sizes: dict[bytes, int] = {manifest.tokenizer: manifest.tokenizer_bytes}
+    if manifest.graphs and (len(manifest.graphs) != 32 or not manifest.graphs_bytes):
+        raise WireError("the manifest's graph set has no proper hash or size")
+    if manifest.graphs and sizes.setdefault(manifest.graphs, manifest.graphs_bytes) != manifest.graphs_bytes:
+        raise WireError("the manifest gives one blob two sizes")
     for t in manifest.tensors:
         if sizes.setdefault(t.blob, t.num_bytes) != t.num_bytes:
             raise WireError("the manifest gives one blob two sizes")

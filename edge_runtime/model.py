@@ -47,6 +47,11 @@ class TensorSpec:
         """Bytes as float32."""
         return 4 * self.size
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether LoRA gives it an adapter: the matrix of a linear layer in a block."""
+        return len(self.shape) == 2 and self.name.endswith(".weight")
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -76,6 +81,11 @@ class ModelSpec:
         if not 0 <= depth <= self.num_blocks:
             raise ValueError(f"depth {depth} of a model with {self.num_blocks} blocks")
         return tuple(t for t in self.tensors if t.part >= self.num_blocks - depth)
+
+    def adapter_size(self, depth: int, rank: int) -> int:
+        """Trained values in LoRA adapters of that rank in the last `depth` blocks, without the head."""
+        blocks = [t for t in self.suffix(depth) if t.part < self.num_blocks]
+        return sum(rank * sum(t.shape) for t in blocks if t.is_adapted)
 
     def part_bytes(self, part: int) -> int:
         """Bytes of one part as float32."""

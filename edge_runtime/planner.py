@@ -12,8 +12,9 @@ from edge_runtime.cost import Calibration, DataShape, cost, micro_batches
 from edge_runtime.errors import DoesNotFit, UsageError
 from edge_runtime.model import ModelSpec
 from edge_runtime.records import Budget, CostRow, Plan, TrainSettings
+from edge_runtime.training.optimizers import OPTIMIZERS
 
-OPTIMIZERS = ("adamw", "sgd")
+NO_SLOWER = 0.05  # of a step's predicted seconds: less is not worth memory
 
 
 def check_settings(settings: TrainSettings) -> TrainSettings:
@@ -30,7 +31,9 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
         "learning_rate": (0, 10),
         "head_learning_rate": (0, 10),
         "weight_decay": (0, 1),
+        "adapter_learning_rate": (0, 10),
         "seed": (0, (1 << 63) - 1),
+        "lora_rank": (0, 1024),
     }
     for name, (low, high) in limits.items():
         value = getattr(settings, name)
@@ -40,21 +43,30 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
 
 
 def cost_table(
-    spec: ModelSpec, data: DataShape, settings: TrainSettings, calibration: Calibration, budget: Budget
+    spec: ModelSpec,
+    data: DataShape,
+    settings: TrainSettings,
+    calibration: Calibration,
+    budget: Budget,
+    cached: bool = False,
 ) -> list[CostRow]:
     """One row for every suffix depth, without and with gradient checkpointing, each with its best micro-batch.
 
-    Best is the fastest that fits the memory budget, else the smallest. Depth 0 (the head) has nothing to checkpoint.
+    Best is the smallest among the fastest (within NO_SLOWER) that fit the memory budget, else the smallest. Depth 0 (the head) has nothing to checkpoint.
     """
     rows = []
     for depth in range(spec.num_blocks + 1):
         for checkpointing in (False, True) if depth else (False,):
             tried = [
-                cost(spec, data, settings, calibration, depth, checkpointing, size)
+                cost(spec, data, settings, calibration, depth, checkpointing, size, cached)
                 for size in micro_batches(min(settings.batch_size, data.num_examples))
             ]
             fitting = [row for row in tried if row.peak_bytes <= budget.memory_bytes]
-            rows.append(min(fitting, key=lambda r: r.step_s) if fitting else min(tried, key=lambda r: r.peak_bytes))
+            if not fitting:
+                rows.append(min(tried, key=lambda r: r.peak_bytes))
+                continue
+            fast = min(r.step_s for r in fitting) * (1 + NO_SLOWER)
+            rows.append(min((r for r in fitting if r.step_s <= fast), key=lambda r: r.peak_bytes))
     return rows
 
 
@@ -63,8 +75,8 @@ def over_budget(row: CostRow, budget: Budget, epochs: int) -> str:
     reasons = []
     if row.peak_bytes > budget.memory_bytes:
         reasons.append(f"memory {mib(row.peak_bytes)} > {mib(budget.memory_bytes)}")
-    if budget.time_s is not None and row.epoch_s * epochs > budget.time_s:
-        reasons.append(f"time {row.epoch_s * epochs:.0f} s > {budget.time_s:.0f} s")
+    if budget.time_s is not None and row.total_s(epochs) > budget.time_s:
+        reasons.append(f"time {row.total_s(epochs):.0f} s > {budget.time_s:.0f} s")
     if budget.upload_bytes is not None and row.upload_bytes > budget.upload_bytes:
         reasons.append(f"upload {mib(row.upload_bytes)} > {mib(budget.upload_bytes)}")
     return ", ".join(reasons)

@@ -1,29 +1,36 @@
-"""Labels for texts from an exported model file: onnxruntime and tokenizers only, never torch.
+"""Labels for texts, from an exported file or from a model's own folder: onnxruntime and tokenizers only, never torch.
 
-A file written by `export.py` is self-contained: it carries the tokenizer and the labels. Not a server and not a loader
-for other people's ONNX files. Imports the errors and the tokenizer wrapper; onnxruntime and numpy inside functions.
+A file written by `export.py` is self-contained: it carries the tokenizer and the labels. A folder (a checkpoint's or an
+agent's) runs from its own memory-mapped weights (`mapped_network.py`); an agent's can be followed from version to version.
+Not a server and not a loader for other people's ONNX files. Imports the errors and the tokenizer wrapper; onnxruntime,
+numpy and what a folder needs inside functions.
 
-Memory: onnxruntime's copy of the weights (twice while it loads), and for one internal batch of at most `BATCH_TOKENS`
-padded tokens about 4 * BATCH_TOKENS * (2 * feed_forward + 4 * hidden + 3 * heads * longest text) bytes: 18 MiB for
-MiniLM-L6 at 128 tokens. Measured for the whole process (86 MiB of weights, x86-64): peak 186 MiB while loading,
-164 MiB then, 185 MiB after a thousand texts of up to 128 tokens.
+Memory: of a file onnxruntime's copy of the weights (twice while it loads), of a folder the pages of its weights; and for
+one internal batch of at most `BATCH_TOKENS` padded tokens about 4 * BATCH_TOKENS * (2 * feed_forward + 4 * hidden +
+3 * heads * longest text) bytes: 18 MiB for MiniLM-L6 at 128 tokens. Measured for the whole process (an exported file,
+86 MiB of weights, x86-64): peak 186 MiB while loading, 164 MiB then, 185 MiB after a thousand texts of up to 128 tokens.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.errors import DataError, ModelError, UsageError
+from edge_runtime.errors import DataError, EdgeError, MissingExtra, ModelError, UsageError
 from edge_runtime.tokenize import Tokenizer, pad
 
 if TYPE_CHECKING:
     import numpy as np
     import onnxruntime  # type: ignore[import-untyped, unused-ignore]
+
+    from edge_runtime.graphs.bundle import GraphSet
+    from edge_runtime.mapped_network import MappedNetwork
+    from edge_runtime.source import Checkpoint, Source
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,55 +40,87 @@ MAX_LENGTH = 1 << 17
 WINDOW_TEXTS = 1024  # texts that are tokenized and sorted by length together
 INPUTS = ("input_ids", "attention_mask")
 OUTPUT = "logits"
+Stamp = tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable label of a text, and the probability of every label (they add up to 1)."""
+    """The most probable label of a text, and the probability of every label (they add up to 1).
+
+    Attributes:
+        model_version: of the fleet's model that answered; None for a model of no fleet.
+    """
 
     label: str
     probability: float
     probabilities: Mapping[str, float]
+    model_version: int | None = None
 
 
 class Predictor:
-    """An exported model, ready to use; safe to call from several threads.
+    """A model, ready to use; safe to call from several threads."""
 
-    Attributes:
-        labels: in the order of the logits.
-        max_length: tokens after which a text is cut.
-        metadata: what the exporter wrote besides, for example the model version and the method.
-    """
+    def __init__(
+        self,
+        path: str | Path,
+        threads: int | None = None,
+        *,
+        family: str | None = None,
+        progress: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Load an exported file, a checkpoint folder that has a head, or the folder of an agent.
 
-    def __init__(self, path: str | Path, threads: int | None = None) -> None:
-        """Load the file; `threads` None takes one for each physical core.
+        Args:
+            threads: None takes one for each physical core.
+            family: module that knows the architecture of a checkpoint folder (default: BERT's).
+            progress: gets lines of text, should the folder's graphs have to be derived first (tens of seconds, once).
 
         Raises:
-            ModelError: the file is missing, damaged, or was not exported by edge-runtime.
+            ModelError: it is missing, damaged, a file that was not exported by edge-runtime, or a folder without a head.
+            MissingExtra: the folder's graphs are not known here and cannot be derived without torch.
         """
-        self._session = open_session(Path(path), threads)
-        stored = dict(self._session.get_modelmeta().custom_metadata_map)
-        if stored.pop("format", None) != FORMAT:
-            raise ModelError(f"{path} is not a model exported by this edge-runtime ({FORMAT}): export it again")
+        self._path, self._threads, self._progress = Path(path), threads, progress
+        self._family, self._loading = family, threading.Lock()
+        self._seen: Stamp = None  # of the agent's manifest that was read last, usable or not
+        self._version = self._open_folder(None) if self._path.is_dir() else _open_file(self._path, threads)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """In the order of the logits."""
+        return self._version.labels
+
+    @property
+    def max_length(self) -> int:
+        """Tokens after which a text is cut."""
+        return self._version.tokenizer.max_length
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Where the model comes from, for example the model version and the method."""
+        return self._version.metadata
+
+    def refresh(self) -> bool:
+        """Take over the newest version that an agent's folder holds; -> whether it was another. Else it costs one `stat`.
+
+        Calls that are under way end on the version that they began with. False at once while another thread is loading.
+
+        Raises:
+            ModelError, WireError, MissingExtra: the newer version cannot be used. The one before stays, and this one is
+                not tried again.
+        """
+        if self._seen is None or not self._loading.acquire(blocking=False):
+            return False
         try:
-            labels, self.max_length = json.loads(stored.pop("labels")), int(stored.pop("max_length"))
-            tokenizer = stored.pop("tokenizer").encode()
-        except (KeyError, ValueError, RecursionError) as error:
-            raise ModelError(f"{path} lacks labels, max_length or tokenizer ({error!r}): export it again") from None
-        if not isinstance(labels, list) or len({n for n in labels if isinstance(n, str)}) < len(labels):
-            raise ModelError(f"{path} has labels that are not a list of different texts: export it again")
-        if not 0 < self.max_length <= MAX_LENGTH:
-            raise ModelError(f"{path} has max_length {self.max_length}, wanted 1 to {MAX_LENGTH}: export it again")
-        self.labels: tuple[str, ...] = tuple(labels)
-        names = tuple(i.name for i in self._session.get_inputs())
-        outputs = [(o.name, o.shape[-1:]) for o in self._session.get_outputs()]
-        if names != INPUTS or outputs != [(OUTPUT, [len(self.labels)])]:
-            raise ModelError(f"{path} maps {names} to {outputs}, wanted {INPUTS} to {len(self.labels)} logits")
-        self.metadata: Mapping[str, str] = stored
-        self._tokenizer = Tokenizer.from_bytes(tokenizer, self.max_length)
+            if _stamp(self._path) in (None, self._seen):
+                return False
+            before = self._version
+            self._version = self._open_folder(before)
+            return self._version is not before
+        finally:
+            self._loading.release()
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
-        """One prediction for each text, in their order.
+        """One prediction for each text, in their order, all from one version of the model.
 
         Raises:
             ModelError: the network fails on its own tokenizer's numbers, or gives something that is not a number.
@@ -94,31 +133,80 @@ class Predictor:
                 raise UsageError(
                     f"predict wants a list of texts, number {i} (from 0) is {type(text).__name__}, not str"
                 )
+        version = self._version
         found: list[Prediction] = []
         for start in range(0, len(texts), WINDOW_TEXTS):
-            found += self._window(texts[start : start + WINDOW_TEXTS])
+            found += version.predict(texts[start : start + WINDOW_TEXTS])
         return found
 
-    def _window(self, texts: Sequence[str]) -> list[Prediction]:
-        rows = self._tokenizer.encode_batch(texts)
+    def _open_folder(self, before: _Version | None) -> _Version:
+        """The model that the folder holds now; `before` itself if that is still the one."""
+        self._seen = _stamp(self._path)
+        while True:
+            try:
+                return self._read_folder(before)
+            except EdgeError:
+                tried, self._seen = self._seen, _stamp(self._path)
+                if self._seen == tried:
+                    raise
+                # the agent took over a newer version meanwhile and deleted what only the older one had: begin again
+
+    def _read_folder(self, before: _Version | None) -> _Version:
+        from edge_runtime.mapped_network import MappedNetwork
+        from edge_runtime.source import DEFAULT_FAMILY, find_checkpoint, open_source
+        from edge_runtime.store import cache_folder
+
+        family, cache = self._family or DEFAULT_FAMILY, cache_folder()
+        checkpoint = find_checkpoint(str(self._path), family=family, progress=self._progress)
+        if before is not None and before.checkpoint == checkpoint:
+            return before
+        source = open_source(checkpoint, None, cache)
+        old = before.network if before is not None else None
+        graph_set = _graph_set(source, old, cache, self._progress)
+        network = MappedNetwork(source, graph_set, self._threads or 0, old)
+        if before is not None and _tokenizing(before.checkpoint) == _tokenizing(checkpoint):
+            tokenizer = before.tokenizer
+        else:
+            tokenizer = Tokenizer.from_file(source.tokenizer, source.spec.max_length)
+        words = source.spec.config.get("vocab_size")
+        if isinstance(words, int) and tokenizer.vocab_size > words:
+            raise ModelError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {words}: they are not a pair")
+        return _Version(source.spec.labels, source.metadata, tokenizer, network.logits, network, checkpoint)
+
+
+@dataclass(frozen=True)
+class _Version:
+    """One version of a model. Nothing of it changes, so a text is tokenized, classified and labelled by one version."""
+
+    labels: tuple[str, ...]
+    metadata: Mapping[str, str]
+    tokenizer: Tokenizer
+    logits: Callable[[Array, Array], Array]
+    network: MappedNetwork | None = None  # of a folder
+    checkpoint: Checkpoint | None = None
+
+    def predict(self, texts: Sequence[str]) -> list[Prediction]:
+        rows = self.tokenizer.encode_batch(texts)
+        stored = self.metadata.get("model_version", "")
+        model_version = int(stored) if stored.isascii() and stored.isdecimal() and len(stored) < 20 else None
         found: dict[int, Prediction] = {}
         for batch in length_buckets([len(row) for row in rows], BATCH_TOKENS):
-            logits = run_session(self._session, *pad([rows[i] for i in batch], self._tokenizer.pad_id))
-            for i, probabilities in zip(batch, softmax(logits).tolist(), strict=True):
+            logits = self.logits(*pad([rows[i] for i in batch], self.tokenizer.pad_id))
+            for i, probabilities in zip(batch, softmax(_finite(logits)).tolist(), strict=True):
                 best = max(range(len(self.labels)), key=probabilities.__getitem__)
                 by_label = dict(zip(self.labels, probabilities, strict=True))
-                found[i] = Prediction(self.labels[best], probabilities[best], by_label)
+                found[i] = Prediction(self.labels[best], probabilities[best], by_label, model_version)
         return [found[i] for i in range(len(texts))]
 
 
-def evaluate(path: str | Path, rows: Iterable[tuple[str, str]], threads: int | None = None) -> float:
+def evaluate(model: str | Path | Predictor, rows: Iterable[tuple[str, str]], threads: int | None = None) -> float:
     """The share of (text, label) rows whose label is predicted, from 0 to 1; reads `rows` as a stream.
 
     Raises:
         DataError: there are no rows, or a row has a label that the model does not know.
         ModelError: as `Predictor`.
     """
-    predictor = Predictor(path, threads)
+    predictor = model if isinstance(model, Predictor) else Predictor(model, threads)
     known, right, seen = set(predictor.labels), 0, 0
     stream = iter(rows)
     while window := list(itertools.islice(stream, WINDOW_TEXTS)):
@@ -132,6 +220,35 @@ def evaluate(path: str | Path, rows: Iterable[tuple[str, str]], threads: int | N
     if not seen:
         raise DataError("there is no row to evaluate on")
     return right / seen
+
+
+# a file
+
+
+def _open_file(path: Path, threads: int | None) -> _Version:
+    session = open_session(path, threads)
+    stored = dict(session.get_modelmeta().custom_metadata_map)
+    if stored.pop("format", None) != FORMAT:
+        raise ModelError(f"{path} is not a model exported by this edge-runtime ({FORMAT}): export it again")
+    try:
+        labels, max_length = json.loads(stored.pop("labels")), int(stored.pop("max_length"))
+        tokenizer = stored.pop("tokenizer").encode()
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} lacks labels, max_length or tokenizer ({error!r}): export it again") from None
+    if not isinstance(labels, list) or len({n for n in labels if isinstance(n, str)}) < len(labels):
+        raise ModelError(f"{path} has labels that are not a list of different texts: export it again")
+    if not 0 < max_length <= MAX_LENGTH:
+        raise ModelError(f"{path} has max_length {max_length}, wanted 1 to {MAX_LENGTH}: export it again")
+    names = tuple(i.name for i in session.get_inputs())
+    outputs = [(o.name, o.shape[-1:]) for o in session.get_outputs()]
+    if names != INPUTS or outputs != [(OUTPUT, [len(labels)])]:
+        raise ModelError(f"{path} maps {names} to {outputs}, wanted {INPUTS} to {len(labels)} logits")
+    return _Version(
+        tuple(labels),
+        stored,
+        Tokenizer.from_bytes(tokenizer, max_length),
+        lambda ids, mask: run_session(session, ids, mask),
+    )
 
 
 def open_session(path: Path, threads: int | None = None) -> onnxruntime.InferenceSession:
@@ -167,9 +284,46 @@ def run_session(session: onnxruntime.InferenceSession, ids: Array, mask: Array) 
         logits = np.asarray(session.run([OUTPUT], dict(zip(INPUTS, (ids, mask), strict=True)))[0])
     except Exception as error:  # as above
         raise ModelError(f"the model fails on these texts ({_first_line(error)}): export it again") from None
-    if not np.isfinite(logits).all():
-        raise ModelError("the model's logits are not finite: its training diverged, choose an earlier version")
-    return logits
+    return _finite(logits)
+
+
+# a folder
+
+
+def _graph_set(source: Source, before: MappedNetwork | None, cache: Path, progress: Callable[[str], None]) -> GraphSet:
+    """The graphs that run a model: those of the version before, those that came with it, or what is known here."""
+    from edge_runtime.graphs.find import find_graphs, read_graphs
+
+    if before is not None and (before.spec == source.spec or before.graph_set.fits(source.spec)):
+        return before.graph_set
+    if source.graphs is not None and (shipped := read_graphs(source.graphs)).fits(source.spec):
+        return shipped
+    path = find_graphs(source.spec, source.weights, cache, progress=progress)
+    if path is None:
+        raise MissingExtra(
+            f"no graphs are known here for this {source.spec.family}: pip install 'edge-runtime[train]' to derive them "
+            "once, or run `edge-runtime export` on another machine and predict with the file"
+        )
+    return read_graphs(path)
+
+
+def _tokenizing(checkpoint: Checkpoint | None) -> tuple[Path, int] | None:
+    """Equal for versions in one agent's folder that make the same tokens: its tokenizers are named by their hashes."""
+    return (checkpoint.tokenizer, checkpoint.max_length) if checkpoint else None
+
+
+def _stamp(folder: Path) -> Stamp:
+    """Changes with the manifest of an agent's folder; None without one."""
+    from edge_runtime.source import MANIFEST_FILE
+
+    try:
+        status = (folder / MANIFEST_FILE).stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+# numbers
 
 
 def softmax(logits: Array) -> Array:
@@ -191,6 +345,14 @@ def length_buckets(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[i
         batch.append(i)
     if batch:
         yield batch
+
+
+def _finite(logits: Array) -> Array:
+    import numpy as np
+
+    if not np.isfinite(logits).all():
+        raise ModelError("the model's logits are not finite: its training diverged, choose an earlier version")
+    return logits
 
 
 def _first_line(error: Exception) -> str:

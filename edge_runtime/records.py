@@ -72,9 +72,10 @@ class TrainSettings:
     learning_rate: Annotated[float, Range(0, 10)] = 2e-4
     head_learning_rate: Annotated[float, Range(0, 10)] = 2e-3
     weight_decay: Annotated[float, Range(0, 1)] = 0.01
-    adapter_learning_rate: Annotated[float, Range(0, 10)] = 2e-3
     optimizer: Annotated[str, Range(3, 16)] = "adamw"  # or "adamw8bit", "momentum", "sgd"
     seed: Annotated[int, Range(0, (1 << 63) - 1)] = 0
+    lora_rank: Annotated[int, Range(0, 1024)] = 0  # train adapters of this rank in the blocks; 0 the blocks themselves
+    adapter_learning_rate: Annotated[float, Range(0, 10)] = 2e-3
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,13 @@ class CostRow:
     upload_bytes: Bytes
     backend: Name = "torch"  # or "onnx"
     rank: Annotated[int, Range(0, 1024)] = 0  # of LoRA adapters in the trained blocks; 0 trains the blocks themselves
+    precision: Name = "float32"  # of the frozen prefix; or "int8"
     cached: bool = False  # the frozen prefix's output is kept on disk from the first epoch on
+    later_epoch_s: Seconds = 0.0  # an epoch after the first; 0 is the same
+
+    def total_s(self, epochs: int) -> float:
+        """Seconds of all epochs."""
+        return self.epoch_s + (epochs - 1) * (self.later_epoch_s or self.epoch_s)
 
 
 @dataclass(frozen=True)
@@ -120,3 +127,8 @@ class TrainReport:
     promised_peak_bytes: int
     promised_s: float
     accuracy: float | None = None  # on the held-out rows, where there were any
+    cpu_s: float = 0.0  # processor seconds of the steps, all threads
+    start_s: float = 0.0  # wall seconds from the start of the process to the end of the first step
+    rank: int = 0
+    precision: str = "float32"
+    cached: bool = False

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from edge_runtime import hardware
 from edge_runtime.budget import memory_budget
-from edge_runtime.calibration import calibrate
+from edge_runtime.calibration import calibrate, worker_job
 from edge_runtime.cost import Calibration, DataShape, cost
+from edge_runtime.engine import Engine, EngineOptions, check_options, find_engine
 from edge_runtime.local import DataOptions, prepare
 from edge_runtime.manifest import Manifest
 from edge_runtime.model import ModelSpec
@@ -34,19 +35,27 @@ class CouldDo:
     spec: ModelSpec
     settings: TrainSettings
     calibration: Calibration
+    cached: bool
 
     def ours(self, plan: Plan) -> Plan:
         """A granted plan with the cost that this device computes for it, whatever the grant says."""
         asked, settings = plan.chosen, plan.settings
         own = cost(
-            self.spec, self.data, settings, self.calibration, asked.depth, asked.checkpointing, asked.micro_batch
+            self.spec,
+            self.data,
+            settings,
+            self.calibration,
+            asked.depth,
+            asked.checkpointing,
+            asked.micro_batch,
+            asked.cached,
         )
         return Plan(own, settings, plan.steps)
 
     def rows_within(self, memory_bytes: int) -> tuple[CostRow, ...]:
         """The table for another memory budget."""
         budget = replace(self.budget, memory_bytes=memory_bytes)
-        return tuple(cost_table(self.spec, self.data, self.settings, self.calibration, budget))
+        return tuple(cost_table(self.spec, self.data, self.settings, self.calibration, budget, self.cached))
 
 
 class Session:
@@ -54,17 +63,18 @@ class Session:
 
     def __init__(
         self, data: Path, cache: Path, *, memory: str, time_s: float | None, upload_bytes: int | None, threads: int, options: DataOptions,
-        say: Callable[[str], None],
+        say: Callable[[str], None], engine: EngineOptions | None = None,
     ) -> None:  # fmt: skip
         self.threads = threads
         self._data, self._cache, self._memory, self._options, self._say = data, cache, memory, options, say
         self._time_s, self._upload_bytes = time_s, upload_bytes
-        self._made: tuple[object, Path, DataShape, Calibration] | None = None
+        self._engine = check_options(engine or EngineOptions())
+        self._made: _Made | None = None
 
     def forget(self) -> None:
         """Make the tokenised data anew when it is next needed: what is on disk may be damaged."""
         if self._made is not None:
-            shutil.rmtree(self._made[1], ignore_errors=True)
+            shutil.rmtree(self._made.corpus, ignore_errors=True)
             self._made = None
 
     def profile(self) -> DeviceProfile:
@@ -75,27 +85,34 @@ class Session:
         """The limits now."""
         return Budget(memory_budget(self._memory, self.profile()), self._time_s, self._upload_bytes)
 
-    def inputs(self, manifest: Manifest, store: BlobStore) -> tuple[Source, Path]:
-        """The model's files and the tokenised data."""
-        corpus, _, _ = self._prepare(manifest, store)
-        return _source(manifest, store), corpus
+    def job(self, manifest: Manifest, store: BlobStore, settings: TrainSettings) -> dict[str, object]:
+        """What a training job needs besides its plan: the model's files, the tokenised data, the backend."""
+        made = self._prepare(manifest, store, settings)
+        return {
+            **worker_job("train", _source(manifest, store)),
+            **made.engine.job(self._cache),
+            "corpus": str(made.corpus),
+            "test_corpus": None,
+            "threads": self.threads,
+        }
 
     def could_do(self, manifest: Manifest, store: BlobStore, settings: TrainSettings) -> CouldDo:
         """The cost table for a round's settings.
 
         Raises:
-            DataError, MissingExtra, TrainingFailed: the data cannot be read, torch is missing, the probe failed.
+            DataError, MissingExtra, TrainingFailed: the data cannot be read, no backend is here, the probe failed.
         """
-        _, data, calibration = self._prepare(manifest, store)
-        budget = self.budget()
-        rows = cost_table(manifest.spec, data, settings, calibration, budget)
-        return CouldDo(tuple(rows), budget, data, manifest.spec, settings, calibration)
+        made = self._prepare(manifest, store, settings)
+        budget, cached = self.budget(), made.engine.cached
+        rows = cost_table(manifest.spec, made.data, settings, made.calibration, budget, cached)
+        return CouldDo(tuple(rows), budget, made.data, manifest.spec, settings, made.calibration, cached)
 
-    def _prepare(self, manifest: Manifest, store: BlobStore) -> tuple[Path, DataShape, Calibration]:
+    def _prepare(self, manifest: Manifest, store: BlobStore, settings: TrainSettings) -> _Made:
         """Tokenise and calibrate, or remember it: both depend on the model's shape, not on its weights."""
         stat = self._data.stat() if self._data.exists() else None
-        key = (manifest.spec, manifest.tokenizer, stat and (stat.st_mtime_ns, stat.st_size))
-        if self._made is None or self._made[0] != key or not self._made[1].exists():
+        choices = (settings.optimizer, settings.lora_rank)
+        key = (manifest.spec, manifest.tokenizer, manifest.graphs, choices, stat and (stat.st_mtime_ns, stat.st_size))
+        if self._made is None or self._made.key != key or not self._made.corpus.exists():
             checkpoint = Checkpoint(
                 self._cache, store.path(manifest.tokenizer), manifest.max_length, manifest.labels, manifest.family
             )
@@ -104,9 +121,23 @@ class Session:
                 self._say(
                     f"{prepared.skipped} rows of {self._data} were skipped: {'; '.join(prepared.first_skipped[:3])}"
                 )
-            calibration = calibrate(_source(manifest, store), prepared.data.mean_length, self.threads, self._cache)
-            self._made = (key, prepared.corpus, prepared.data, calibration)
-        return self._made[1], self._made[2], self._made[3]
+            source = _source(manifest, store)
+            shipped = store.path(manifest.graphs) if manifest.graphs else None
+            engine = find_engine(source, self._engine, settings.lora_rank, self._cache, self._say, shipped)
+            calibration = calibrate(source, engine, prepared.data, settings.optimizer, self.threads, self._cache)
+            self._made = _Made(key, prepared.corpus, prepared.data, engine, calibration)
+        return self._made
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What `_prepare` remembers, and what it belongs to."""
+
+    key: object
+    corpus: Path
+    data: DataShape
+    engine: Engine
+    calibration: Calibration
 
 
 def _source(manifest: Manifest, store: BlobStore) -> Source:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import Any
 
 from edge_runtime.errors import ModelError, UsageError
 from edge_runtime.manifest import Manifest, check_family, decode_manifest
-from edge_runtime.model import ConfigValue, ModelSpec, load_family
+from edge_runtime.model import ConfigValue, Family, ModelSpec, load_family
 from edge_runtime.optional import require
-from edge_runtime.store import BlobStore, atomic_writer, write_json
-from edge_runtime.weights import MappedTensor, write_safetensors
+from edge_runtime.store import BlobStore, atomic_writer, file_sha256, write_json
+from edge_runtime.weights import MappedTensor, read_safetensors, write_safetensors
 
 DEFAULT_FAMILY = "edge_models.bert"
 DEFAULT_MAX_LENGTH = 128
@@ -25,6 +26,9 @@ MIN_LENGTH = 3  # tokens: one of the text between the two that most tokenizers a
 MAX_LENGTH = 1 << 17
 MANIFEST_FILE = "model.msgpack"  # in an agent's folder: the manifest of the newest version it holds whole
 STORE_FOLDER = "store"
+CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
+DELTA_FILE = "delta.safetensors"  # in place of WEIGHTS_FILE: the tensors that are not those of the base folder
+BASE_KEY = "edge_base"  # in config.json beside it: which folder that is
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Source:
     weights: Mapping[str, MappedTensor]
     tokenizer: Path
     metadata: Mapping[str, str]  # where it comes from: model version, method
+    base: Path | None = None  # the checkpoint folder that holds its whole model; None for an agent's, which changes
+    graphs: Path | None = None  # the graph set that came with an agent's model
 
 
 def find_checkpoint(
@@ -73,13 +79,15 @@ def find_checkpoint(
         labels = None if new_head else manifest.labels
         length = _length(max_length, manifest.spec.config, manifest.max_length)
         return Checkpoint(folder, tokenizer, length, labels, manifest.family, manifest)
+    if (folder / STORE_FOLDER).is_dir() and not (folder / CONFIG_FILE).exists():
+        raise ModelError(f"{folder} is of an agent that holds no whole model yet: let it fetch one")
     try:
         module = load_family(family)
     except ModelError as error:  # not the checkpoint's fault: somebody named this module
         raise UsageError(str(error)) from None
-    config, weights = module.open_folder(folder)
-    raw = json.loads((folder / "config.json").read_bytes())
-    tokenizer = folder / "tokenizer.json"
+    config, weights, _ = _open_folder(module, folder)
+    raw = json.loads((folder / CONFIG_FILE).read_bytes())
+    tokenizer = folder / TOKENIZER_FILE
     if not tokenizer.exists():
         raise ModelError(
             f"{folder} has no tokenizer.json: save the tokenizer in the `tokenizers` format beside the model"
@@ -110,6 +118,7 @@ def open_source(checkpoint: Checkpoint, labels: Sequence[str] | None, scratch: P
     if labels is None:
         raise ModelError(f"{checkpoint.folder} has no classification head: train it first, or give the labels")
     module = load_family(checkpoint.family)
+    base = graphs = None
     if checkpoint.manifest is not None:
         spec = check_family(checkpoint.manifest, (checkpoint.family,))
         store = BlobStore(checkpoint.folder / STORE_FOLDER)
@@ -120,14 +129,15 @@ def open_source(checkpoint: Checkpoint, labels: Sequence[str] | None, scratch: P
         weights = checkpoint.manifest.mapped(store)
         metadata = {"model_version": str(checkpoint.manifest.version), "method": checkpoint.manifest.method}
         spec = module.describe(spec.config, labels, checkpoint.max_length)
+        graphs = store.path(checkpoint.manifest.graphs) if checkpoint.manifest.graphs else None
     else:
-        config, weights = module.open_folder(checkpoint.folder)
-        weights, metadata = dict(weights), {"model": checkpoint.folder.name}
+        config, weights, base = _open_folder(module, checkpoint.folder)
+        metadata = {"model": checkpoint.folder.name}
         spec = module.describe(config, labels, checkpoint.max_length)
     for tensor in spec.suffix(0):
         if checkpoint.labels is None or tensor.name not in weights:
             weights[tensor.name] = zeros(scratch, tensor.shape)
-    return Source(spec, weights, checkpoint.tokenizer, metadata)
+    return Source(spec, weights, checkpoint.tokenizer, metadata, base, graphs)
 
 
 def resolve(reference: str, progress: Callable[[str], None]) -> Path:
@@ -178,13 +188,16 @@ def _text(path: Path) -> str:
         return ""
 
 
-def save_folder(out: Path, spec: ModelSpec, weights: Mapping[str, MappedTensor], tokenizer: Path) -> None:
-    """Write a checkpoint folder that `open_source` and other tools read: config.json, model.safetensors, tokenizer.json."""
+def save_folder(
+    out: Path, spec: ModelSpec, weights: Mapping[str, MappedTensor], tokenizer: Path, base: Path | None = None
+) -> None:
+    """Write a checkpoint folder: config.json, model.safetensors and tokenizer.json, which other tools read too.
+
+    With `base`, a checkpoint folder, only the tensors that are not that folder's are written, to delta.safetensors, and
+    config.json names it: only edge-runtime reads that, and only while the base stays as it is.
+    """
     check_model_folder(out)
-    write_safetensors(out / "model.safetensors", [(t.name, weights[t.name]) for t in spec.tensors])
-    with atomic_writer(out / "tokenizer.json", mode=0o644) as file:
-        file.write(tokenizer.read_bytes())
-    config = {
+    config: dict[str, Any] = {
         **spec.config,
         "model_type": spec.family.rsplit(".", 1)[-1],
         "edge_family": spec.family,
@@ -192,7 +205,82 @@ def save_folder(out: Path, spec: ModelSpec, weights: Mapping[str, MappedTensor],
         "id2label": {str(i): label for i, label in enumerate(spec.labels)},
         "label2id": {label: i for i, label in enumerate(spec.labels)},
     }
-    write_json(out / "config.json", config)
+    if base is None:
+        write_safetensors(out / WEIGHTS_FILE, [(t.name, weights[t.name]) for t in spec.tensors])
+    else:
+        _, there = load_family(spec.family).open_folder(base)
+        changed = [(t.name, weights[t.name]) for t in spec.tensors if weights[t.name] != there.get(t.name)]
+        write_safetensors(out / DELTA_FILE, changed)
+        config[BASE_KEY] = {"folder": str(base), "files": {path.name: _identity(path) for path in _files(there)}}
+    with atomic_writer(out / TOKENIZER_FILE, mode=0o644) as file:
+        file.write(tokenizer.read_bytes())
+    write_json(out / CONFIG_FILE, config)
+    (out / (DELTA_FILE if base is None else WEIGHTS_FILE)).unlink(missing_ok=True)  # of the model that was here before
+
+
+def delta_base(source: Source, out: Path) -> Path:
+    """The folder that a delta of `source`, written to `out`, refers to.
+
+    Raises:
+        UsageError: there is none, or it is `out`.
+    """
+    if source.base is None:
+        raise UsageError("a delta of an agent's model would break with its next version: leave --delta away")
+    if out.resolve() == source.base.resolve():
+        raise UsageError(f"{out} holds the base that the delta refers to: name another folder, or leave --delta away")
+    return source.base
+
+
+def _open_folder(module: Family, folder: Path) -> tuple[dict[str, ConfigValue], dict[str, MappedTensor], Path]:
+    """Config, tensors and base of a checkpoint folder: itself, or of a delta the folder that holds the other tensors."""
+    try:
+        raw = json.loads(_text(folder / CONFIG_FILE))
+    except (ValueError, RecursionError):
+        raw = None
+    if not isinstance(raw, dict) or BASE_KEY not in raw:
+        config, weights = module.open_folder(folder)  # which says what is wrong with config.json
+        return config, dict(weights), folder
+    named = raw[BASE_KEY]
+    if not isinstance(named, dict) or not isinstance(named.get("folder"), str):
+        raise ModelError(f"{folder}: {BASE_KEY} of its {CONFIG_FILE} is damaged: train the model again")
+    base = Path(named["folder"])
+    if not base.is_dir():
+        raise ModelError(f"{folder} holds only what training changed of {base}, which is gone: put it back there")
+    config, weights = module.open_folder(base)
+    same_config = all(raw.get(key) == value for key, value in config.items())
+    if not same_config or not _unchanged(_files(weights), named.get("files")):
+        raise ModelError(
+            f"{folder} holds only what training changed of {base}, which is another model now: put it back"
+        )
+    delta = read_safetensors(folder / DELTA_FILE)
+    labels = _own_labels(raw, {name: t.shape for name, t in delta.items()})  # what is trained includes the head
+    known = {t.name: t.shape for t in module.describe(config, labels, MIN_LENGTH).tensors} if labels else {}
+    if strange := [name for name, tensor in delta.items() if tensor.shape != known.get(name)]:
+        raise ModelError(f"{folder / DELTA_FILE} has {strange[0]!r}, which this model does not have in that shape")
+    return config, {**weights, **delta}, base
+
+
+def _files(weights: Mapping[str, MappedTensor]) -> list[Path]:
+    return [Path(path) for path in sorted({t.path for t in weights.values()})]
+
+
+def _identity(path: Path) -> dict[str, int | str]:
+    """What tells a file from any other: its hash; its length and time say cheaply that nobody has written to it."""
+    status = path.stat()
+    return {"sha256": file_sha256(path).hex(), "num_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _unchanged(files: Sequence[Path], recorded: Any) -> bool:
+    """Whether the files are those that were recorded; a copy with another time is."""
+    if not isinstance(recorded, dict) or set(recorded) != {path.name for path in files}:
+        return False
+    for path in files:
+        then, status = recorded[path.name], os.stat(path)
+        if not isinstance(then, dict) or then.get("num_bytes") != status.st_size:
+            return False
+        if then.get("mtime_ns") != status.st_mtime_ns and then.get("sha256") != file_sha256(path).hex():
+            return False
+    return True
 
 
 def add_update(

@@ -17,9 +17,23 @@ def main() -> int:
 
 
 def start(module: str) -> int:
-    """Load a command line and run its `main`; Ctrl-C before that has its own way of ending is no traceback."""
+    """Load a command line and run its `main`; Ctrl-C while modules load, at the start or later, is no traceback."""
+    interrupted = False
     try:
+        import signal
+
+        def interrupt(number: int, frame: object) -> None:
+            nonlocal interrupted
+            interrupted = True
+            raise KeyboardInterrupt
+
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where somebody wants it ignored
+            signal.signal(signal.SIGINT, interrupt)
         return int(importlib.import_module(module).main())
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return INTERRUPTED
+        pass
+    except ImportError:  # numpy and onnxruntime make one of a KeyboardInterrupt that comes while they load
+        if not interrupted:
+            raise
+    print("stopped", file=sys.stderr)
+    return INTERRUPTED

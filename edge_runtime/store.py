@@ -36,6 +36,12 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def cache_folder() -> Path:
+    """Where fetched models, tokenised data and calibrations are kept: $EDGE_CACHE or the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("EDGE_CACHE") or Path(base) / "edge-runtime")
+
+
 def make_folder(folder: Path, *, mode: int = 0o777) -> None:
     """Make a folder and those above it.
 

@@ -158,13 +158,10 @@ class Sender:
         """Queue what the peer needs; -> the blobs that are not here. What is over the bound is dropped: it will ask again."""
         absent = []
         for wanted in ranges:
-            if not self.store.has(wanted.blob):
-                absent.append(wanted.blob)
+            if not 0 < wanted.end - wanted.start <= CREDIT_BYTES or wanted in self._pending:
                 continue
-            sane = (
-                wanted.start < wanted.end <= self.store.size(wanted.blob) and wanted.end - wanted.start <= CREDIT_BYTES
-            )
-            if not sane or wanted in self._pending:
+            if not self.store.has(wanted.blob) or wanted.end > self.store.size(wanted.blob):  # gone, or cut short
+                absent.append(wanted.blob)
                 continue
             apart = [
                 p for p in self._pending if p.blob != wanted.blob or p.end <= wanted.start or p.start >= wanted.end
@@ -188,6 +185,8 @@ class Sender:
                     file.seek(start)
                     data = file.read(stop - start)
             except FileNotFoundError:  # superseded and removed meanwhile: the peer will be told when it asks again
+                continue
+            if len(data) < stop - start:  # cut short meanwhile
                 continue
             if stop < wanted.end:
                 self._pending.appendleft(BlobRange(wanted.blob, stop, wanted.end))

@@ -62,8 +62,8 @@ class EmbeddedBroker:
             port: 0 picks a free one.
             realm: the only fleet whose topics exist.
             lookup: stored hash of a user's secret, or None for a user that may not log in. Called in the broker's
-                thread at each log-in, and again every 10 seconds for each client, which is disconnected if it is None
-                by then; has to return within milliseconds.
+                thread at each log-in, and again every 10 seconds for each client, which is disconnected if it is another
+                or None by then; has to return within milliseconds.
             max_message_bytes: the largest payload; a client that sends more is disconnected.
             max_connections: of authenticated clients; more are told that the server is unavailable.
             certfile: certificate chain in PEM format: the listener speaks TLS 1.2 or newer. Needs keyfile.

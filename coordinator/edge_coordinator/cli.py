@@ -77,6 +77,9 @@ def _add_init(commands: Commands) -> None:
     make.add_argument("--labels-from", type=Path, metavar="DATA", help="take the classes from a labelled file")
     make.add_argument("--text-column", default="text")
     make.add_argument("--label-column", default="label")
+    make.add_argument("--encoding", help="of DATA (default: UTF-8, or what its byte order mark says)")
+    skip = "leave out rows of DATA that cannot be used, with their labels, instead of stopping"
+    make.add_argument("--skip-bad-rows", action="store_true", help=skip)
     make.add_argument("--max-length", type=int, default=128, help="tokens (%(default)s)")
     make.add_argument(
         "--method", default="caff", choices=list(METHODS), help="; ".join(f"{n}: {s}" for n, s in SUMMARIES.items())
@@ -173,7 +176,8 @@ def run_init(args: argparse.Namespace) -> int:
         raise UsageError("--labels and --labels-from both name the classes: leave out one")
     labels: Sequence[str] = [label.strip() for label in args.labels.split(",")] if args.labels else ()
     if args.labels_from:
-        labels = labels_of(args.labels_from, args.text_column, args.label_column)
+        how = {"encoding": args.encoding, "skip_bad_rows": args.skip_bad_rows, "progress": note}
+        labels = labels_of(args.labels_from, args.text_column, args.label_column, **how)
     path = init(
         args.folder, name=args.name, base=args.model, family=args.family, labels=labels, max_length=args.max_length, method=args.method,
         rounds=args.rounds, goal=args.goal, quorum=args.quorum, seed=args.seed, port=args.port,

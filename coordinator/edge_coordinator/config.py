@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,7 @@ def load_config(folder: Path) -> FleetConfig:
         raise UsageError(f"{path}: [fleet] needs a name")
     config = FleetConfig(
         realm=check_id("fleet name", realm),
-        model=_section(ModelSection, raw, "model", path),
+        model=_base_beside(_section(ModelSection, raw, "model", path), folder),
         run=_section(RunSection, raw, "run", path),
         train=check_settings(_section(TrainSettings, raw, "train", path)),
         broker=_beside(_section(BrokerSection, raw, "broker", path), folder),
@@ -131,6 +132,12 @@ def _section(cls: type[Any], raw: dict[str, Any], name: str, path: Path) -> Any:
             raise UsageError(f"{path}: [{name}] {key} must be {kind}, it is {value!r}")
         found[key] = value
     return cls(**found)
+
+
+def _base_beside(model: ModelSection, folder: Path) -> ModelSection:
+    """With its base as an absolute path, where it names a folder beside fleet.toml; an alias or an id stays what it is."""
+    beside = os.path.join(folder, model.base)
+    return dataclasses.replace(model, base=os.path.abspath(beside)) if model.base and os.path.isdir(beside) else model
 
 
 def _beside(broker: BrokerSection, folder: Path) -> BrokerSection:
@@ -179,7 +186,7 @@ TEMPLATE = """\
 name = {name}                 # a-z, 0-9, '-' and '_': part of every MQTT topic
 
 [model]
-base = {base}                 # an alias (minilm-l6, minilm-l3), a checkpoint folder, or a Hugging Face repo id
+base = {base}                 # an alias (minilm-l6, minilm-l3), a checkpoint folder (seen from this one), or a Hugging Face id
 family = {family}   # the module that knows the architecture
 max_length = {max_length}                # tokens; longer texts are cut
 labels = [{labels}]
@@ -201,7 +208,9 @@ batch_size = 16
 learning_rate = {learning_rate}
 head_learning_rate = {head_learning_rate}
 weight_decay = 0.01
-optimizer = "adamw"           # or "sgd": less memory, more rounds
+optimizer = "adamw"           # adamw8bit, momentum and sgd need less memory
+lora_rank = 0                 # above 0 devices train LoRA adapters of this rank, without torch only
+adapter_learning_rate = 0.002
 seed = {seed}
 
 [broker]

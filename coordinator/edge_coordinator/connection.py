@@ -35,6 +35,7 @@ class Connection:
 
     Attributes:
         user: the user name, which is the client id; empty before `admit`.
+        hashed: the stored hash of the secret that it logged in with, for whoever checks it again.
         closed: nothing is read or written any more.
         filters: what it subscribed to.
         unacknowledged_bytes: of messages on their way to it, counted by who sends them.
@@ -72,7 +73,7 @@ class Connection:
         self._silence_s = CONNECT_S  # 0 means no limit
         self._heard_s = time.monotonic()
         self._waiting = False  # for the broker, not for the client
-        self.user = ""
+        self.user = self.hashed = ""
         self.closed = False
         self.filters: set[str] = set()
         self.unacknowledged_bytes = 0

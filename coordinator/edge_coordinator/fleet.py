@@ -20,7 +20,7 @@ from edge_coordinator.models import Models
 from edge_coordinator.secrets import hash_secret, new_secret, verify_secret
 from edge_runtime.credentials import Credentials, format_credentials, toml_text
 from edge_runtime.data import read_examples
-from edge_runtime.errors import DataError, UsageError
+from edge_runtime.errors import DataError, StoreError, UsageError
 from edge_runtime.records import TrainSettings
 from edge_runtime.store import atomic_writer, disk_errors, sync_folder
 from edge_runtime.topics import COORDINATOR, check_id
@@ -37,6 +37,7 @@ class Fleet:
         self.folder = folder
         self.config: FleetConfig = load_config(folder)
         self.ledger = Ledger(folder / LEDGER_FILE)
+        self._check_ledger()
         self._check_name()
         self._own_secret()
 
@@ -45,6 +46,7 @@ class Fleet:
 
         Raises:
             UsageError: fleet.toml now names other labels than the fleet's model has.
+            StoreError: the newest version is not whole.
         """
         models = Models(self.folder, self.ledger)
         newest = models.newest()
@@ -56,11 +58,24 @@ class Fleet:
                 f"{self.folder / CONFIG_FILE}: [model] labels and max_length cannot change once the fleet has a model: "
                 "put them back, or `edge-coordinator init` another folder"
             )
+        else:
+            models.check(newest[0])
         return models
 
     def secret(self) -> str:
-        """The coordinator's own secret at the broker."""
-        return (self.folder / SECRET_FILE).read_text().strip()
+        """The coordinator's own secret at the broker.
+
+        Raises:
+            StoreError: its file cannot be read or is empty.
+        """
+        path = self.folder / SECRET_FILE
+        try:
+            secret = path.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise StoreError(f"cannot read {path} ({error}): remove it, and another secret is made") from None
+        if not secret:
+            raise StoreError(f"{path} is empty: remove it, and another secret is made")
+        return secret
 
     def users(self) -> list[tuple[str, str]]:
         """Everybody who may connect, with the hashes of their secrets."""
@@ -107,13 +122,18 @@ class Fleet:
         Raises:
             UsageError: as `enroll`, for the first device that is wrong.
         """
+        enrolled = {row["device"] for row in self.ledger.devices()}
         for device, out in files.items():
             if check_id("device", device) == COORDINATOR:
                 raise UsageError(f"no device may be called {COORDINATOR}")
-            if out.exists() and not renew:
-                raise UsageError(f"{out} exists already: --renew replaces it and its secret")
             if out.is_dir():
                 raise UsageError(f"{out} is a folder: remove it, or name another place with --out")
+            if out.exists() and device not in enrolled:
+                raise UsageError(
+                    f"{out} exists already, and no {device} is enrolled: remove it, or name another place with --out"
+                )
+            if out.exists() and not renew:
+                raise UsageError(f"{out} exists already: --renew replaces it and its secret")
         made = [self._credentials(device, host) for device in files]
         with self.ledger.transaction():
             for one in made:
@@ -129,6 +149,18 @@ class Fleet:
         announced = host or broker.announce_host or self.broker_address()[0]
         ca_file = str(Path(broker.ca_file).absolute()) if broker.ca_file else ""
         return Credentials(self.config.realm, device, secret, announced, broker.port, ca_file, self.config.model.family)
+
+    def _check_ledger(self) -> None:
+        """A ledger that knows nothing yet beside tensors is not the one that they belong to.
+
+        The name is written before any tensor is, so that a first start which was killed at any point may be repeated.
+        """
+        if self.ledger.get("realm") is None and any((self.folder / "store" / "blobs").glob("*/*")):
+            self.ledger.close()
+            raise StoreError(
+                f"{self.folder / LEDGER_FILE} is new or empty, and {self.folder / 'store'} holds models of a fleet: put "
+                "the ledger back from a backup, or, to begin anew without these models, `edge-coordinator init` another folder"
+            )
 
     def _check_name(self) -> None:
         """The name is part of every device's topics: once devices have it, it cannot change."""
@@ -224,13 +256,24 @@ def init(
     return path
 
 
-def labels_of(data: Path, text_column: str, label_column: str) -> tuple[str, ...]:
+def labels_of(
+    data: Path,
+    text_column: str,
+    label_column: str,
+    *,
+    encoding: str | None = None,
+    skip_bad_rows: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
+) -> tuple[str, ...]:
     """The labels of a data file, for fleet.toml.
 
     Raises:
-        DataError: it cannot be read, or has one label alone.
+        DataError: it cannot be read, has a row that cannot be used and is not to be skipped, or has one label alone.
     """
-    labels = read_examples(data, text_column=text_column, label_column=label_column, bad_rows="skip").labels
-    if len(labels) < 2:
-        raise DataError(f"{data} has one label, {labels[0]!r}: a classifier needs examples of two at least")
-    return labels
+    columns = {"text_column": text_column, "label_column": label_column}
+    found = read_examples(data, **columns, encoding=encoding, bad_rows="skip" if skip_bad_rows else "error")
+    if found.skipped:
+        progress(f"skipped {found.num_skipped} bad rows; line {found.skipped[0].line}: {found.skipped[0].reason}")
+    if len(found.labels) < 2:
+        raise DataError(f"{data} has one label, {found.labels[0]!r}: a classifier needs examples of two at least")
+    return found.labels

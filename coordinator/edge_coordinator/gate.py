@@ -104,15 +104,15 @@ class Gate:
             connection.abort("asked to")
 
     def _drop_revoked(self) -> None:
-        """Ends the connections of users that may not log in any more."""
-        for user in list(self._rules.connections):
+        """Ends the connections of users that may not log in any more, or not with the secret that they did with."""
+        for user, connection in list(self._rules.connections.items()):
             try:
-                revoked = self._lookup(user) is None
+                hashed = self._lookup(user)
             except Exception:  # the caller's, as in `_verdict`: who is in stays in
                 _log.exception("the lookup of %s failed", user)
                 return
-            if revoked:
-                self.drop(user)
+            if hashed != connection.hashed:
+                connection.abort("its secret is not the one that it logged in with")
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -138,7 +138,7 @@ class Gate:
             next(iter(self._pending)).abort("too many connections wait for their CONNECT")
         self._pending[connection] = None
         connect = await asyncio.wait_for(connection.connect(), CONNECT_S)
-        code = self._verdict(connect)
+        code, connection.hashed = self._verdict(connect)
         if code == ACCEPTED:
             while (old := self._rules.connections.get(connect.client_id)) is not None:
                 old.abort("the client connected again")  # [3.1.4-2]
@@ -153,19 +153,20 @@ class Gate:
         self._rules.connections[connection.user] = connection
         return True
 
-    def _verdict(self, connect: Connect) -> int:
+    def _verdict(self, connect: Connect) -> tuple[int, str]:
+        """-> (CONNACK code, the stored hash of the secret that lets it in)."""
         if connect.level != 4:
-            return WRONG_LEVEL
+            return WRONG_LEVEL, ""
         if connect.user is None or connect.secret is None or not access.is_id(connect.user):
-            return NOT_AUTHORISED
+            return NOT_AUTHORISED, ""
         try:
             hashed = self._lookup(connect.user)
         except Exception:  # the lookup is the caller's: whatever it raises, the broker lives
             _log.exception("the lookup of %s failed", connect.user)
-            return UNAVAILABLE
+            return UNAVAILABLE, ""
         if not verify_secret(connect.secret, hashed or self._nobody) or hashed is None:
-            return NOT_AUTHORISED
-        return ACCEPTED if connect.client_id == connect.user else WRONG_CLIENT_ID
+            return NOT_AUTHORISED, ""
+        return (ACCEPTED if connect.client_id == connect.user else WRONG_CLIENT_ID), hashed
 
     async def _hand_over(self, connection: Connection) -> None:
         """amqtt serves the connection until it ends."""
@@ -181,7 +182,7 @@ class Gate:
             _log.warning("amqtt gave up on %s: %r", connection, session.exception())
 
     async def _watch(self) -> None:
-        """Once a second: the clocks of each client and the sum of all backlogs; now and then who was revoked."""
+        """Once a second: the clocks of each client and the sum of all backlogs; now and then who was revoked or renewed."""
         checked_s = time.monotonic()
         while True:
             await asyncio.sleep(1.0)

@@ -12,11 +12,12 @@ from typing import Any
 
 from edge_coordinator.aggregate import Partial, Update, apply, fold
 from edge_coordinator.config import ModelSection
-from edge_coordinator.ledger import Contribution, Ledger
-from edge_runtime.errors import ModelError, UsageError
+from edge_coordinator.ledger import Contribution, Ledger, ModelRow
+from edge_runtime.errors import ModelError, StoreError, UsageError, WireError
+from edge_runtime.graphs.find import find_graphs
 from edge_runtime.manifest import Manifest, decode_manifest, encode_manifest, make_manifest
-from edge_runtime.source import find_checkpoint, open_source, save_folder
-from edge_runtime.store import BlobStore
+from edge_runtime.source import Source, find_checkpoint, open_source, save_folder
+from edge_runtime.store import BlobStore, cache_folder
 
 KEEP_VERSIONS = 3  # besides the first; older ones keep their row in the ledger and lose their tensors
 FOLD_AT = 8  # committed updates that are summed up into one partial, so that disk use stays bounded
@@ -45,25 +46,73 @@ class Models:
             array = source.weights[tensor.name].array()
             blobs[tensor.name] = self.store.put(array.astype("<f4", copy=False).tobytes())
         tokenizer = source.tokenizer.read_bytes()
-        manifest = make_manifest(source.spec, blobs, self.store.put(tokenizer), len(tokenizer), version=1)
+        graphs = self._graphs(source, progress)
+        manifest = make_manifest(
+            source.spec,
+            blobs,
+            self.store.put(tokenizer),
+            len(tokenizer),
+            version=1,
+            graphs=self.store.put(graphs) if graphs else b"",
+            graphs_bytes=len(graphs),
+        )
         blob = self.store.put(encode_manifest(manifest))
         with self.ledger.transaction():
             self.ledger.add_model(1, blob, "", 0, {"base": section.base}, now)
         return manifest
 
-    def newest(self) -> tuple[Manifest, bytes] | None:
-        """-> (manifest, its hash) of the published version."""
-        row = self.ledger.newest_model()
-        return (self.manifest(row.manifest), row.manifest) if row else None
+    def _graphs(self, source: Source, progress: Callable[[str], None]) -> bytes:
+        """The graph set that devices without torch train with; none where it is not bundled and cannot be derived."""
+        path = find_graphs(source.spec, source.weights, cache_folder(), progress=progress)
+        if path is None:
+            progress("this model has no training graphs here: devices need torch to train it")
+            return b""
+        return path.read_bytes()
 
-    def manifest(self, blob: bytes) -> Manifest:
-        """Read a manifest from the store."""
-        try:
-            return decode_manifest(self.store.path(blob).read_bytes())
-        except FileNotFoundError:
+    def newest(self) -> tuple[Manifest, bytes] | None:
+        """-> (manifest, its hash) of the published version.
+
+        Raises:
+            StoreError: its manifest is gone or damaged.
+        """
+        row = self.ledger.newest_model()
+        return (self.manifest(row), row.manifest) if row else None
+
+    def manifest(self, row: ModelRow) -> Manifest:
+        """Read a version's manifest from the store.
+
+        Raises:
+            ModelError: the version is no longer kept; StoreError: it is, and its manifest is gone or damaged.
+        """
+        if row not in self._kept():
             raise ModelError(
-                f"the manifest {blob.hex()[:12]} is no longer kept: the newest {KEEP_VERSIONS} versions and the first are"
-            ) from None
+                f"the tensors of model {row.version} are no longer kept: "
+                f"those of the newest {KEEP_VERSIONS} versions and of the first are"
+            )
+        path = self.store.path(row.manifest)
+        try:
+            return decode_manifest(path.read_bytes())
+        except FileNotFoundError:
+            raise _damaged(row.version, f"its manifest {path} is missing") from None
+        except WireError as error:
+            raise _damaged(row.version, f"its manifest {path} cannot be read ({error})") from None
+
+    def check(self, manifest: Manifest) -> None:
+        """Whether every blob of a version is there in its length.
+
+        Raises:
+            StoreError: one is not; names the first.
+        """
+        wrong = []
+        for blob, num_bytes in manifest.blobs().items():
+            path = self.store.path(blob)
+            if not path.exists():
+                wrong.append(f"{path} is missing")
+            elif path.stat().st_size != num_bytes:
+                wrong.append(f"{path} has {path.stat().st_size} bytes and should have {num_bytes}")
+        if wrong:
+            more = f" and {len(wrong) - 1} more files are wrong" if len(wrong) > 1 else ""
+            raise _damaged(manifest.version, wrong[0] + more)
 
     def fold(self, run: str, number: int, base: Manifest, committed: Mapping[str, Contribution]) -> Partial | None:
         """Add every committed update that is not in the partial sum yet; sum, weights and members in one transaction."""
@@ -97,30 +146,44 @@ class Models:
             version=base.version + 1,
             method=method,
             parent=base_blob,
+            graphs=base.graphs,
+            graphs_bytes=base.graphs_bytes,
         )
         return manifest, self.store.put(encode_manifest(manifest))
 
     def clean(self) -> None:
         """Delete what no kept version and no open round needs."""
-        rows = self.ledger.models()
         wanted: set[bytes] = set()
-        for row in [*rows[:1], *rows[1:][-KEEP_VERSIONS:]]:
+        for row in self._kept():
             if self.store.has(row.manifest):
-                wanted |= {row.manifest, *self.manifest(row.manifest).blobs()}
+                wanted |= {row.manifest, *self.manifest(row).blobs()}
         self.store.keep_only(wanted)
         self.updates.keep_only(self.ledger.live_blobs())
+
+    def _kept(self) -> Sequence[ModelRow]:
+        """The versions whose tensors are kept."""
+        rows = self.ledger.models()
+        return [*rows[:1], *rows[1:][-KEEP_VERSIONS:]]
 
     def export_folder(self, version: int, out: Path) -> None:
         """Write a version as a checkpoint folder.
 
         Raises:
-            UsageError: there is no such version; ModelError: its tensors are no longer kept.
+            UsageError: there is no such version; ModelError: its tensors are no longer kept; StoreError: they are damaged.
         """
         rows = {row.version: row for row in self.ledger.models()}
         if version not in rows:
             raise UsageError(f"there is no model version {version}; there are {', '.join(map(str, rows)) or 'none'}")
-        manifest = self.manifest(rows[version].manifest)
+        manifest = self.manifest(rows[version])
+        self.check(manifest)
         save_folder(out, manifest.spec, manifest.mapped(self.store), self.store.path(manifest.tokenizer))
+
+
+def _damaged(version: int, what: str) -> StoreError:
+    return StoreError(
+        f"the fleet's store is damaged, model {version} is not whole: {what}: put the fleet's folder back from a backup, "
+        "or `models --export` a version that is whole and begin another fleet with it"
+    )
 
 
 def describe_versions(ledger: Ledger) -> Sequence[Mapping[str, Any]]:

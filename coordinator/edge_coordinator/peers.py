@@ -21,11 +21,13 @@ class Peer:
     device: str
     sender: Sender
     receiver: Receiver
-    status: Status | None = None
+    status: Status | None = None  # what it said last
+    told: Status | None = None  # what of that was reported last
     offer: Offer | None = None  # whose blob is being fetched
     bad_hashes: int = 0
-    told_at: float = 0.0  # when its last progress was reported
+    told_at: float = 0.0  # when that was
     news: int = 0  # changes of mind reported in this round, so that logs stay bounded
+    changes: int = 0  # of state or model version reported in this round, for the same reason
     refused: set[str] = field(default_factory=set)  # kinds of bad messages already reported, so that logs stay bounded
 
 

@@ -46,9 +46,9 @@ MAX_IN_FLIGHT = 16  # messages handed to the transport and not yet taken by the 
 RETRY_S = 10.0  # after the disk was full
 EVENTS_A_TICK = 64
 HAND_OVER_S = 60.0
-STATUS_EVENT_S = 1.0  # least time between two progress events of one device
+STATUS_EVENT_S = 1.0  # least time between two status events of one device that brings no news, or too many
 KNOWN_S = 10.0  # after this the ledger is asked again whether a device may speak
-MAX_NEWS = 3  # times that a device's change of mind in one round is reported
+MAX_NEWS = 3  # times that a device's change of mind in one round is reported, and a change of its state at once
 
 
 def down_message() -> bytes:
@@ -129,6 +129,8 @@ class Server:
         for peer in self.peers.all():
             if need := peer.receiver.requests(now):
                 self._send(peer.device, "need", need)
+            if peer.status is not peer.told:
+                self._report_late(peer)
         while self.transport.in_flight() < MAX_IN_FLIGHT and (chunk := self.peers.next_chunk()):
             self.transport.publish(self.topics.down(chunk[0], "c"), chunk[1])
         if now >= self._next_attempt and self._connected:
@@ -156,7 +158,7 @@ class Server:
     def _turn_away_offers(self) -> None:
         """The round has ended: what is still on its way counts no more, and is told so."""
         for peer in self.peers.all():
-            peer.news = 0
+            peer.news = peer.changes = 0
             if peer.offer:
                 self._too_late(peer, peer.offer)
 
@@ -199,18 +201,33 @@ class Server:
             self._offer(peer, body)
 
     def _status(self, peer: Peer, status: Status) -> None:
-        before, peer.status = peer.status, status
+        peer.status = status
         if status.state != "online":
             peer.sender.clear()
-        changed = before is None or (before.state, before.model_version) != (status.state, status.model_version)
+        self._report(peer, status)
+
+    def _report(self, peer: Peer, status: Status) -> None:
+        """Put a status into ledger and log: a few changes in a round at once, all else at most once a second."""
+        told, now = peer.told, time.monotonic()
+        changed = told is None or (told.state, told.model_version) != (status.state, status.model_version)
+        if (not changed or peer.changes >= MAX_NEWS) and now - peer.told_at < STATUS_EVENT_S:
+            return  # `tick` comes back to it
         if changed:
             self.ledger.seen(peer.device, status.state, status.model_version, status.software, time.time())
-        now = time.monotonic()
-        if not changed and now - peer.told_at < STATUS_EVENT_S:
-            return
-        peer.told_at = now
+        peer.told, peer.told_at = status, now
+        peer.changes += changed
         self.emit({"event": "status", "device": peer.device, "state": status.state, "model_version": status.model_version,
                    "activity": status.activity, "round": status.round, "step": status.step, "steps": status.steps})  # fmt: skip
+
+    def _report_late(self, peer: Peer) -> None:
+        """What a device said last, if it was too soon to report it then, or the disk was full."""
+        if peer.status is None or time.monotonic() - peer.told_at < STATUS_EVENT_S:
+            return
+        try:
+            self._report(peer, peer.status)
+        except StoreError as error:
+            peer.told_at = time.monotonic() + RETRY_S
+            self.emit({"event": "storage-error", "device": peer.device, "reason": str(error)})
 
     def _join(self, peer: Peer, join: Join, payload: bytes) -> None:
         state = self.run.state()

@@ -8,6 +8,7 @@ Names of graphs and of their inputs and outputs are defined here, once. Imports 
     block<K>.saving   hidden, bias, tensors                       -> out, s:0 ... s:n
     block<K>.backward s:0 ... s:n, hidden, bias, d_out, tensors   -> d_hidden, g:tensor ...
     block<K>.first_backward   the same without d_hidden, for the first trained block
+    block<K>.forward_int8     as forward, with W:q (in, out) int8 and W:scale (out) for each linear layer's weight W
     block<K>.lora.*   all four with lora_scale and two adapters for each linear layer; gradients of the adapters alone
     head.forward      hidden, mask, tensors                       -> logits
     head.backward     hidden, mask, labels, scale, tensors        -> loss, d_hidden, g:tensor ...
@@ -19,19 +20,24 @@ every depth. ids, mask and labels are int64 (batch, seq), (batch, seq), (batch);
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from edge_runtime.errors import WireError
+from edge_runtime.errors import ModelError, WireError
 from edge_runtime.model import ConfigValue, ModelSpec, TensorSpec
 from edge_runtime.records import Name, Range
 from edge_runtime.wire import pack, unpack_as
 
-FORMAT = 1
-MAX_BYTES = 16 << 20
+FORMAT = 2
+MAX_BYTES = 16 << 20  # of a set as it is used
+MAX_FILE_BYTES = 4 << 20  # of a set as it travels: compressed
+MAGIC = b"EGS2"
 EMBED_GRAPH, BIAS_GRAPH, HEAD_FORWARD, HEAD_BACKWARD = "embed", "bias", "head.forward", "head.backward"
 FORWARD, SAVING, BACKWARD, FIRST_BACKWARD = ".forward", ".saving", ".backward", ".first_backward"
+FORWARD_INT8 = ".forward_int8"
+QUANTIZED, SCALE = ":q", ":scale"
 LORA = ".lora"
 GRADIENT, SAVED = "g:", "s:"
 
@@ -54,8 +60,10 @@ class GraphSet:
     row_tables: Mapping[str, str] = field(default_factory=dict)
 
     def fits(self, spec: ModelSpec) -> bool:
-        """Whether these graphs compute `spec`."""
-        return self.family == spec.family and dict(self.config) == dict(spec.config)
+        """Whether these graphs compute `spec`; `match.misfit` says why not."""
+        from edge_runtime.graphs.match import misfit
+
+        return misfit(self, spec) is None
 
 
 def part_tensors(spec: ModelSpec, part: int) -> list[TensorSpec]:
@@ -109,10 +117,16 @@ class _File:
 
 
 def encode_graphs(graphs: GraphSet) -> bytes:
-    """The set's bytes: the same set gives the same bytes."""
+    """The set's bytes, compressed: the same set gives the same bytes."""
     files = tuple(_Graph(name, graphs.graphs[name]) for name in sorted(graphs.graphs))
     config, tables = (json.dumps(dict(value), sort_keys=True) for value in (graphs.config, graphs.row_tables))
-    return pack(_File(FORMAT, graphs.family, config, graphs.hidden, files, tables))
+    data = pack(_File(FORMAT, graphs.family, config, graphs.hidden, files, tables))
+    compressed = MAGIC + zlib.compress(data, 9)
+    if len(data) > MAX_BYTES or len(compressed) > MAX_FILE_BYTES:
+        raise ModelError(
+            f"the model's graphs are {len(data)} bytes, at most {MAX_BYTES} can be stored: use torch for it"
+        )
+    return compressed
 
 
 def decode_graphs(data: bytes) -> GraphSet:
@@ -121,7 +135,7 @@ def decode_graphs(data: bytes) -> GraphSet:
     Raises:
         WireError: it is damaged.
     """
-    file: _File = unpack_as(_File, data, MAX_BYTES)
+    file: _File = unpack_as(_File, _decompress(data), MAX_BYTES)
     try:
         config, tables = json.loads(file.config_json), json.loads(file.row_tables_json)
     except (ValueError, RecursionError):
@@ -134,3 +148,16 @@ def decode_graphs(data: bytes) -> GraphSet:
     if len(set(names)) != len(names):
         raise WireError("the graph set names a graph twice")
     return GraphSet(file.family, config, file.hidden, {g.name: g.onnx for g in file.graphs}, tables)
+
+
+def _decompress(data: bytes) -> bytes:
+    if len(data) > MAX_FILE_BYTES or data[: len(MAGIC)] != MAGIC:
+        raise WireError(f"not a graph set of this version, or one of more than {MAX_FILE_BYTES >> 20} MiB")
+    stream = zlib.decompressobj()
+    try:
+        plain = stream.decompress(data[len(MAGIC) :], MAX_BYTES + 1)
+    except zlib.error as error:
+        raise WireError(f"a damaged graph set: {error}") from None
+    if len(plain) > MAX_BYTES or not stream.eof or stream.unused_data:
+        raise WireError("a damaged graph set: it is cut off, too long, or has something after its end")
+    return plain

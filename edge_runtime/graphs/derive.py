@@ -14,6 +14,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx
@@ -29,6 +30,7 @@ from edge_runtime.graphs.bundle import (
     EMBED_GRAPH,
     FIRST_BACKWARD,
     FORWARD,
+    FORWARD_INT8,
     GRADIENT,
     HEAD_BACKWARD,
     HEAD_FORWARD,
@@ -39,18 +41,35 @@ from edge_runtime.graphs.bundle import (
     part_tensors,
     relative_names,
 )
-from edge_runtime.graphs.partition import cut_joint, row_tables, trim, without_output
+from edge_runtime.graphs.match import essential_config
+from edge_runtime.graphs.partition import (
+    cut_joint,
+    fix_width,
+    only_output,
+    row_tables,
+    take_shape_from,
+    trim,
+    without_output,
+)
+from edge_runtime.graphs.quantize import int8_forward
+from edge_runtime.graphs.verify import verify
 from edge_runtime.model import EMBED, ModelSpec, load_family
 from edge_runtime.weights import MappedTensor
 
 OPSET = 20  # the first with Gelu; onnxruntime runs it since 1.17
 IR_VERSION = 9
-BATCH, SEQ, RANK = 3, 17, 5  # of the traced example: different from each other and from 0 and 1, which tracing bakes in
-TOLERANCE = 1e-4  # of the check against the family's own network, relative to the largest logit
 LOGGERS = ("torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir", "torch.fx")
 
 Names = Sequence[str]
-Dynamic = Any  # torch.export's nested description of dynamic dimensions
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the traced example: tracing takes equal sizes for one and the same, and 0 and 1 for constants."""
+
+    batch: int
+    seq: int
+    rank: int
 
 
 def derive(spec: ModelSpec, weights: Mapping[str, MappedTensor]) -> GraphSet:
@@ -59,70 +78,132 @@ def derive(spec: ModelSpec, weights: Mapping[str, MappedTensor]) -> GraphSet:
     Raises:
         ModelError: torch cannot export a part, or the graphs do not compute what the network does.
     """
-    model = load_family(spec.family).build(
-        spec, {t.name: torch.from_numpy(weights[t.name].array()) for t in spec.tensors}
-    )
-    for parameter in model.parameters():  # type: ignore[attr-defined]
-        parameter.requires_grad_(False)
+    spec, tensors = _with_labels(spec, {t.name: torch.from_numpy(weights[t.name].array()) for t in spec.tensors})
+    model: Any = load_family(spec.family).build(spec, tensors)
+    model.eval().requires_grad_(False)
+    sizes = _example_sizes(spec)
     kinds = block_kinds(spec)
     graphs: dict[str, bytes] = {}
     tables: dict[str, str] = {}
     with _quiet(), _plain_attention():
         try:
-            embed = _embed_graph(spec, model)
+            embed = _embed_graph(spec, model, sizes)
             tables = row_tables(embed)
             graphs[EMBED_GRAPH] = trim(embed)
-            graphs[BIAS_GRAPH] = trim(without_output(embed, "hidden"))  # for features that were computed before
+            bias = only_output(embed, "bias")
+            if {i.name for i in bias.graph.input} == {"mask"}:
+                graphs[BIAS_GRAPH] = trim(bias)  # for features that were computed before
             for kind in sorted(set(kinds)):
-                block = kinds.index(kind)
-                graphs |= _block_graphs(spec, model.blocks[block], block, f"block{kind}")
-            graphs |= _head_graphs(spec, model)
+                graphs |= _block_graphs(spec, model, kinds.index(kind), f"block{kind}", sizes)
+            graphs |= _head_graphs(spec, model, sizes)
         except ModelError:
             raise
         except Exception as error:  # torch's export errors share no type
             text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise ModelError(f"{spec.family} cannot be turned into training graphs: {text}") from error
-    return GraphSet(spec.family, dict(spec.config), spec.hidden, graphs, tables)
+    found = GraphSet(spec.family, essential_config(spec.family, spec.config), spec.hidden, graphs, tables)
+    firsts = {kind: kinds.index(kind) for kind in set(kinds)}
+    adapted = {k: with_lora(model.blocks[i], relative_names(spec, i), sizes.rank) for k, i in firsts.items()}
+    verify(spec, model, found, {kind: pair for kind, pair in adapted.items() if pair[1]})
+    return found
+
+
+def _with_labels(spec: ModelSpec, tensors: dict[str, Tensor]) -> tuple[ModelSpec, dict[str, Tensor]]:
+    """The model with a number of labels that no other dimension has, so that the graphs serve any number.
+
+    The tensors that depend on it are drawn at random. If the family wants its own labels, the model stays as it is.
+    """
+    taken = {n for t in spec.tensors if t.part < spec.num_blocks for n in t.shape} | {spec.hidden}
+    count = next(n for n in (7, 11, 13, 23, 29) if n not in taken)
+    try:
+        other = load_family(spec.family).describe(spec.config, [f"label {i}" for i in range(count)], spec.max_length)
+    except ModelError:
+        return spec, tensors
+    if [(t.name, len(t.shape), t.part) for t in other.tensors] != [
+        (t.name, len(t.shape), t.part) for t in spec.tensors
+    ]:
+        return spec, tensors
+    drawn = {t.name: torch.randn(t.shape) / math.sqrt(t.shape[-1]) for t in other.tensors if t.part == spec.num_blocks}
+    return other, {
+        t.name: given if (given := tensors[t.name]).shape == t.shape else drawn[t.name] for t in other.tensors
+    }
+
+
+def _example_sizes(spec: ModelSpec) -> Sizes:
+    taken = {n for t in spec.tensors for n in t.shape} | {spec.heads, len(spec.labels)}
+    free = [n for n in (*range(3, 64), 2) if n not in taken]
+    short = [n for n in (17, 13, 11, *free) if n in free and n <= spec.max_length]
+    if not short:
+        raise ModelError(
+            f"{spec.family} cannot be turned into training graphs: max_length {spec.max_length} is too short"
+        )
+    batch, rank = [n for n in free if n != short[0]][:2]
+    return Sizes(batch, short[0], rank)
 
 
 # the parts
 
 
-def _embed_graph(spec: ModelSpec, model: Any) -> onnx.ModelProto:
+def _embed_graph(spec: ModelSpec, model: Any, sizes: Sizes) -> onnx.ModelProto:
     names = [t.name for t in part_tensors(spec, EMBED)]
     parameters = _parameters(model, names)
 
     def run(ids: Tensor, mask: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         return _call(model, "embed", names, given, ids, mask)  # type: ignore[no-any-return]
 
-    ids = torch.randint(0, 2, (BATCH, SEQ))
-    mask = torch.ones(BATCH, SEQ, dtype=torch.int64)
-    inputs, dynamic = (ids, mask), (_BATCH_SEQ, _BATCH_SEQ)
-    return _export(run, inputs, dynamic, ["ids", "mask"], parameters, names, ["hidden", "bias"], spec.hidden)
+    example = _ids_and_mask(sizes.batch, sizes.seq)
+    graph = _export(
+        run, example, (_BATCH_SEQ, _BATCH_SEQ), ["ids", "mask"], parameters, names, ["hidden", "bias"], spec.hidden
+    )
+    take_shape_from(graph, "ids", "mask")
+    return graph
 
 
-def _block_graphs(spec: ModelSpec, block: Any, part: int, name: str) -> dict[str, bytes]:
-    relative = relative_names(spec, part)
-    hidden, bias = _example(spec, block)
-    graphs = _train_graphs(block, relative, [], (hidden, bias), name)
-    adapted, lora = with_lora(block, relative, RANK)
-    return graphs | _train_graphs(adapted, relative, lora, (hidden, bias), f"{name}{LORA}")
+def _block_graphs(spec: ModelSpec, model: Any, part: int, name: str, sizes: Sizes) -> dict[str, bytes]:
+    relative, block = relative_names(spec, part), model.blocks[part]
+    example = _BlockExample(spec, model, sizes)
+    graphs = _train_graphs(block, relative, [], example, name)
+    adapted, lora = with_lora(block, relative, sizes.rank)
+    if lora:
+        graphs |= _train_graphs(adapted, relative, lora, example, f"{name}{LORA}")
+    return graphs
 
 
-def _train_graphs(
-    block: Any, frozen: Names, lora: Names, example: tuple[Tensor, Tensor], name: str
-) -> dict[str, bytes]:
+class _BlockExample:
+    """What a block gets: hidden states, the bias that the model's `embed` gives, and which dimensions of it vary."""
+
+    def __init__(self, spec: ModelSpec, model: Any, sizes: Sizes) -> None:
+        batch, seq = sizes.batch, sizes.seq
+        hidden, self.bias = model.embed(*_ids_and_mask(batch, seq))
+        if not isinstance(self.bias, Tensor) or self.bias.dtype != torch.float32 or self.bias.ndim == 0:
+            raise ModelError(f"{spec.family}: embed() must give the attention bias as a float32 tensor with dimensions")
+        if hidden.shape != (batch, seq, spec.hidden):
+            raise ModelError(f"{spec.family}: embed() gives {tuple(hidden.shape)}, wanted (batch, seq, {spec.hidden})")
+        self.hidden = torch.randn(hidden.shape)
+        fewer, shorter = (model.embed(*_ids_and_mask(*size))[1].shape for size in ((batch - 1, seq), (batch, seq - 1)))
+        self.bias_dims: dict[int, Any] = {}
+        for d, n in enumerate(self.bias.shape):
+            if (n, fewer[d], shorter[d]) in ((batch, batch - 1, batch), (seq, seq, seq - 1)):
+                self.bias_dims[d] = _B if fewer[d] != n else _S
+            elif not n == fewer[d] == shorter[d]:
+                raise ModelError(
+                    f"{spec.family}: a dimension of embed()'s bias is neither batch nor sequence nor fixed"
+                )
+
+
+def _ids_and_mask(batch: int, seq: int) -> tuple[Tensor, Tensor]:
+    return torch.randint(0, 2, (batch, seq)), torch.ones(batch, seq, dtype=torch.int64)
+
+
+def _train_graphs(block: Any, frozen: Names, lora: Names, example: _BlockExample, name: str) -> dict[str, bytes]:
     """Forward, forward that keeps what the backward pass needs, and backward, of one kind of block."""
-    hidden, bias = example
+    hidden, bias = example.hidden, example.bias
     extra = [torch.tensor(0.5)] if lora else []  # the adapters' scale
     extra_names = ["lora_scale"] if lora else []
     names = [*frozen, *lora]
     parameters = _parameters(block, names)
     trained = list(lora) or list(frozen)
     split = len(extra)
-
-    def forward(hidden: Tensor, bias: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        return (_call(block, "forward", names, given[split:], hidden, bias, scale=given[:split]),)
 
     def joint(hidden: Tensor, bias: Tensor, d_out: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         hidden = hidden.detach().requires_grad_()
@@ -131,39 +212,29 @@ def _train_graphs(
         out = _call(block, "forward", names, [tensors[n] for n in names], hidden, bias, scale=given[:split])
         return (out, *torch.autograd.grad(out, [hidden, *wanted], d_out))
 
-    shapes = ({0: _B, 1: _S}, {d: (_B if n == BATCH else _S) for d, n in enumerate(bias.shape) if n in (BATCH, SEQ)})
-    inputs, input_names = (hidden, bias, *extra), ["hidden", "bias", *extra_names]
-    plain = _export(
-        forward,
-        inputs,
-        (*shapes, *[None] * split),
-        input_names,
-        parameters,
-        names,
-        ["out"],
-        lora_dims=set(lora),
-        traced=True,
-    )
-    inputs, input_names = (hidden, bias, torch.randn_like(hidden), *extra), ["hidden", "bias", "d_out", *extra_names]
-    outputs = ["out", "d_hidden", *(GRADIENT + n for n in trained)]
+    dynamic = (_BATCH_SEQ, example.bias_dims, _BATCH_SEQ, *[None] * split)
+    free = [{0 if n.endswith("a") else 1: _R} if n in lora else None for n in names]
     both = _export(
         joint,
-        inputs,
-        (*shapes, {0: _B, 1: _S}, *[None] * split),
-        input_names,
+        (hidden, bias, torch.randn_like(hidden), *extra),
+        dynamic,
+        ["hidden", "bias", "d_out", *extra_names],
         parameters,
         names,
-        outputs,
-        lora_dims=set(lora),
+        ["out", "d_hidden", *(GRADIENT + n for n in trained)],
+        free,
         traced=True,
     )
     saving, backward = cut_joint(both, "d_out", "out", "hidden")
+    plain = only_output(saving, "out")
     first = without_output(backward, "d_hidden")
     named = {FORWARD: plain, SAVING: saving, BACKWARD: backward, FIRST_BACKWARD: first}
+    if not lora:
+        named[FORWARD_INT8] = int8_forward(plain)
     return {name + suffix: trim(graph) for suffix, graph in named.items()}
 
 
-def _head_graphs(spec: ModelSpec, model: Any) -> dict[str, bytes]:
+def _head_graphs(spec: ModelSpec, model: Any, sizes: Sizes) -> dict[str, bytes]:
     names = [t.name for t in spec.suffix(0)]
     parameters = _parameters(model, names)
 
@@ -177,11 +248,10 @@ def _head_graphs(spec: ModelSpec, model: Any) -> dict[str, bytes]:
         loss = F.cross_entropy(logits, labels, reduction="sum") * scale
         return (loss.detach(), *torch.autograd.grad(loss, [hidden, *wanted]))
 
-    hidden = torch.randn(BATCH, SEQ, spec.hidden)
-    mask = torch.ones(BATCH, SEQ, dtype=torch.int64)
-    shapes = ({0: _B, 1: _S}, _BATCH_SEQ)
+    hidden, mask = torch.randn(sizes.batch, sizes.seq, spec.hidden), _ids_and_mask(sizes.batch, sizes.seq)[1]
+    shapes = (_BATCH_SEQ, _BATCH_SEQ)
     plain = _export(forward, (hidden, mask), shapes, ["hidden", "mask"], parameters, names, ["logits"], spec.hidden)
-    labels = torch.arange(BATCH) % 2
+    labels = torch.arange(sizes.batch) % len(spec.labels)
     both = _export(
         joint,
         (hidden, mask, labels, torch.tensor(0.5)),
@@ -194,10 +264,6 @@ def _head_graphs(spec: ModelSpec, model: Any) -> dict[str, bytes]:
         traced=True,
     )
     return {HEAD_FORWARD: trim(plain), HEAD_BACKWARD: trim(both)}
-
-
-def _example(spec: ModelSpec, model_part: Any) -> tuple[Tensor, Tensor]:
-    return torch.randn(BATCH, SEQ, spec.hidden), torch.zeros(BATCH, 1, 1, SEQ)
 
 
 class LoraLinear(nn.Module):
@@ -273,58 +339,25 @@ def _export(
     parameters: Sequence[Tensor],
     names: Names,
     outputs: Names,
-    free_but: int | None = None,
+    free: Sequence[Any] | int,
     *,
-    lora_dims: set[str] = frozenset(),  # type: ignore[assignment]
     traced: bool = False,
 ) -> onnx.ModelProto:
-    """A function of inputs and parameters as ONNX, batch and sequence dynamic.
+    """A function of inputs and parameters as ONNX. `dynamic` and `free` say which of their dimensions vary.
 
-    `free_but`: every dimension of a parameter but those of this size is dynamic too (vocabulary, positions, labels), where
-    torch allows it. `traced`: the function differentiates, so it is traced to plain operations first.
+    `free` as a number is the model's width: every dimension of the parameters but a last one of this size is free where
+    torch finds that it may be (vocabulary, positions, labels).
+    `traced`: the function differentiates, so it is traced to plain operations first.
     """
-    shapes: list[Any] = []
-    for number, (name, tensor) in enumerate(zip(names, parameters, strict=True)):
-        if name in lora_dims:
-            shapes.append({tensor.shape.index(RANK): _R})
-        elif free_but is not None:
-            free = {d: torch.export.Dim(f"p{number}_{d}", min=1) for d, n in enumerate(tensor.shape) if n != free_but}
-            shapes.append(free or None)
-        else:
-            shapes.append(None)
-    if free_but is not None:  # one label count for weight and bias
-        sizes: dict[int, Any] = {}
-        for tensor, shape in zip(parameters, shapes, strict=True):
-            for d in shape or {}:
-                shape[d] = sizes.setdefault(tensor.shape[d], shape[d])
-    try:
-        return _export_with(function, inputs, dynamic, input_names, parameters, names, outputs, shapes, traced)
-    except Exception:
-        if free_but is None:
-            raise
-        fixed = [None] * len(
-            parameters
-        )  # some model needs its vocabulary's size as a number: the graphs serve that size alone
-        return _export_with(function, inputs, dynamic, input_names, parameters, names, outputs, fixed, traced)
-
-
-def _export_with(
-    function: Callable[..., Any],
-    inputs: Sequence[Tensor],
-    dynamic: Sequence[Any],
-    input_names: Names,
-    parameters: Sequence[Tensor],
-    names: Names,
-    outputs: Names,
-    shapes: Sequence[Any],
-    traced: bool,
-) -> onnx.ModelProto:
+    width = free if isinstance(free, int) else 0
+    if isinstance(free, int):
+        free = [dict.fromkeys(range(p.ndim), torch.export.Dim.AUTO) for p in parameters]
     arguments = (*inputs, *parameters)
     if traced:
         graph = make_fx(
             function,
             tracing_mode="symbolic",
-            decomposition_table=torch._decomp.core_aten_decompositions(),
+            decomposition_table=dict(torch._decomp.core_aten_decompositions()),
             _allow_non_fake_inputs=True,
         )(*arguments)
         graph.graph.eliminate_dead_code()
@@ -336,7 +369,7 @@ def _export_with(
             return function(*given)
 
     with torch.no_grad():
-        program = torch.export.export(Wrapper(), arguments, dynamic_shapes=((*dynamic, *shapes),), strict=False)
+        program = torch.export.export(Wrapper(), arguments, dynamic_shapes=((*dynamic, *free),), strict=False)
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -348,6 +381,8 @@ def _export_with(
     assert exported is not None
     proto: onnx.ModelProto = exported.model_proto
     proto.ir_version = IR_VERSION
+    if width:
+        fix_width(proto, [n for n, p in zip(names, parameters, strict=True) if p.shape[-1:] == (width,)], width)
     return proto
 
 

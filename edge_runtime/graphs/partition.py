@@ -8,6 +8,7 @@ Needs the onnx package; used where graphs are derived, never on a device.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 
 import onnx
@@ -27,9 +28,7 @@ def cut_joint(
     `same_shape` names an input of the gradient's shape, whose dimensions stand in for it: they are no dependence on it.
     """
     graph = joint.graph
-    for node in graph.node:
-        if node.op_type == "Shape" and node.input[0] == gradient_input:
-            node.input[0] = same_shape
+    take_shape_from(joint, gradient_input, same_shape)
     given = {i.name for i in graph.input} | {i.name for i in graph.initializer} | {""}  # "": an optional input left out
     late = {gradient_input}  # values that depend on the gradient
     for node in graph.node:
@@ -115,11 +114,30 @@ class _Sizes:
     def _dimension(self, d: onnx.TensorShapeProto.Dimension) -> int:
         if not d.dim_param:
             return int(d.dim_value)
-        import sympy
+        import sympy  # type: ignore[import-untyped]
 
         symbols = {sympy.Symbol(k): v for k, v in self._symbols.items()}
         value = sympy.sympify(d.dim_param, locals={str(k): k for k in symbols}).subs(symbols)
         return int(value) if value.is_number else 8  # an adapter's rank
+
+
+def take_shape_from(model: onnx.ModelProto, name: str, other: str) -> None:
+    """Where only the shape of an input is wanted, take that of another input of the same shape (leading dimensions)."""
+    for node in model.graph.node:
+        if node.op_type == "Shape" and node.input[0] == name:
+            node.input[0] = other
+
+
+def fix_width(model: onnx.ModelProto, names: list[str], width: int) -> None:
+    """Write down that the last dimension of these inputs is `width`, where the exporter left it open."""
+    for value in model.graph.input:
+        if value.name in names:
+            value.type.tensor_type.shape.dim[-1].dim_value = width
+
+
+def only_output(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """The model with one of its outputs and what that output needs."""
+    return _sub_graph(model, list(model.graph.node), [name], {})
 
 
 def without_output(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
@@ -205,11 +223,33 @@ def trim(model: onnx.ModelProto) -> bytes:
         del node.metadata_props[:]
         node.input[:] = [rename(n) for n in node.input]
         node.output[:] = [rename(n) for n in node.output]
+    symbols: dict[str, str] = {}  # torch numbers them by what else it traced
+    for value in graph.input:
+        for d in value.type.tensor_type.shape.dim:
+            if d.dim_param:
+                d.dim_param = symbols.setdefault(d.dim_param, f"d{len(symbols)}")
+    for value in graph.output:
+        for d in value.type.tensor_type.shape.dim:
+            if d.dim_param:
+                expression = _renamed(d.dim_param, symbols)
+                d.ClearField("dim_param")
+                if expression:
+                    d.dim_param = expression
     for value in [*graph.input, *graph.output]:
         value.doc_string = ""
         del value.metadata_props[:]
     onnx.checker.check_model(slim)
-    return slim.SerializeToString(deterministic=True)
+    data: bytes = slim.SerializeToString(deterministic=True)
+    return data
+
+
+def _renamed(expression: str, symbols: dict[str, str]) -> str:
+    """A dimension such as "12*s1" under the inputs' new symbols, its factors sorted; "" where they do not tell it."""
+    names = set(re.findall(r"[A-Za-z_]\w*", expression))
+    if not names <= symbols.keys():
+        return ""
+    renamed = re.sub(r"[A-Za-z_]\w*", lambda match: symbols[match[0]], expression)
+    return "*".join(sorted(renamed.split("*"))) if re.fullmatch(r"\w+(\*\w+)*", renamed) else renamed
 
 
 def operations(data: bytes) -> Counter[str]:

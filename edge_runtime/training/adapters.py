@@ -37,7 +37,7 @@ class LoraAdapters:
         for part in blocks:
             self._names[part] = {}
             for relative, tensor in zip(relative_names(spec, part), part_tensors(spec, part), strict=True):
-                if is_adapted(tensor):
+                if tensor.is_adapted:
                     outputs, inputs = tensor.shape
                     bound = 1 / math.sqrt(inputs)  # as torch initialises a linear layer
                     stem, full = relative.removesuffix(".weight"), tensor.name.removesuffix(".weight")
@@ -56,14 +56,3 @@ class LoraAdapters:
             return np.zeros(tensor.shape, np.float32)
         product: Array = self.tensors[stem + B] @ self.tensors[stem + A] * self.scale
         return product
-
-
-def is_adapted(tensor: TensorSpec) -> bool:
-    """Whether a block's tensor gets adapters: the weight of a linear layer."""
-    return len(tensor.shape) == 2 and tensor.name.endswith(".weight")
-
-
-def adapter_parameters(spec: ModelSpec, depth: int, rank: int) -> int:
-    """Trained values in the adapters of the last `depth` blocks, without the head."""
-    blocks = [t for t in spec.suffix(depth) if t.part < spec.num_blocks]
-    return sum(rank * sum(t.shape) for t in blocks if is_adapted(t))

@@ -10,8 +10,9 @@ block's gradients are applied and freed before the next block's appear. Imports 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from edge_runtime.graphs.bundle import (
     EMBED_GRAPH,
     FIRST_BACKWARD,
     FORWARD,
+    FORWARD_INT8,
     GRADIENT,
     HEAD_BACKWARD,
     HEAD_FORWARD,
@@ -32,13 +34,14 @@ from edge_runtime.graphs.bundle import (
     part_tensors,
     relative_names,
 )
+from edge_runtime.graphs.quantized import QuantizedTensors
 from edge_runtime.graphs.session import Graphs
 from edge_runtime.model import EMBED, ModelSpec
 from edge_runtime.records import Plan
 from edge_runtime.training.adapters import LoraAdapters
 from edge_runtime.training.corpus import Batch
 from edge_runtime.training.optimizers import Optimizer
-from edge_runtime.training.pages import GradientSums, page_copy
+from edge_runtime.training.pages import GradientSums, Pool, page_copy
 from edge_runtime.weights import MappedTensor, release_pages
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -59,8 +62,15 @@ class GraphBackend:
     name = "onnx"
 
     def __init__(
-        self, spec: ModelSpec, weights: Mapping[str, MappedTensor], plan: Plan, graphs: GraphSet, threads: int
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, MappedTensor],
+        plan: Plan,
+        graphs: GraphSet,
+        threads: int,
+        scratch: Path,
     ) -> None:
+        """`scratch` is the device's cache folder, for an int8 copy of the prefix."""
         self._spec, self._weights, self._plan, self._set = spec, weights, plan, graphs
         self._chosen = plan.chosen
         self._cut = spec.num_blocks - plan.chosen.depth  # the first trained block
@@ -78,9 +88,12 @@ class GraphBackend:
             self._trained |= {n: page_copy(weights[n].array()) for n in self._head}
         else:
             self._trained = {t.name: page_copy(weights[t.name].array()) for t in spec.suffix(plan.chosen.depth)}
+        self._int8: QuantizedTensors | None = None
+        if plan.chosen.precision == "int8" and self._cut:
+            self._int8 = QuantizedTensors.open(scratch, spec, weights, range(self._cut))
         self._optimizer = Optimizer(plan.settings, self._head, set(self._lora.tensors) if self._lora else ())
         self._sums = GradientSums()
-        self._alone = True  # whether the batch is one micro-batch
+        self._pool = Pool()
         self._open_graphs()
 
     # what the training loop calls
@@ -89,7 +102,6 @@ class GraphBackend:
         """One optimizer step; `features` (batch, seq, hidden) is the prefix's output where it is known. -> mean loss."""
         self._optimizer.begin_step()
         pieces = self.prefix(batch, features)
-        self._alone = len(pieces) == 1
         scale = 1.0 / len(batch.labels)
         if self._chosen.depth == 0:
             return self._head_only(pieces, scale)
@@ -107,7 +119,7 @@ class GraphBackend:
         (piece,) = self.prefix(batch, features, micro_batch=len(batch.labels))
         for part in range(self._cut, self._spec.num_blocks):
             with self._tensors(part) as tensors:
-                piece.hidden = self._forward(part, piece, tensors)
+                piece.hidden = self._forward(part, piece, tensors, ("hidden", 0, part % 2))
         feeds = {"hidden": piece.hidden, "mask": batch.mask, **self._head_tensors()}
         return self._graphs[HEAD_FORWARD].run(feeds)["logits"]
 
@@ -127,11 +139,11 @@ class GraphBackend:
         parts = list(batch.split(micro_batch or self._chosen.micro_batch))
         if features is not None:
             return self._from_features(parts, features)
-        pieces = [self._embed(part) for part in parts]
+        pieces = [self._embed(part, number) for number, part in enumerate(parts)]
         for part in range(self._cut):
             with self._tensors(part) as tensors:
-                for piece in pieces:
-                    piece.hidden = self._forward(part, piece, tensors)
+                for number, piece in enumerate(pieces):
+                    piece.hidden = self._forward(part, piece, tensors, ("hidden", number, part % 2))
         return pieces
 
     # the three ways through a step
@@ -153,7 +165,7 @@ class GraphBackend:
             piece = pieces.pop(0)
             kept: list[dict[str, Array]] = []
             for part in range(self._cut, last_block + 1):
-                kept.append(self._saving(part, piece))
+                kept.append(self._saving(part, piece, part))
                 piece.hidden = kept[-1].pop("out")
             loss, gradient = self._head_backward(piece, piece.hidden, scale)
             total += loss
@@ -171,15 +183,15 @@ class GraphBackend:
         for part in range(self._cut, last_block):
             inputs.append([piece.hidden for piece in pieces])
             with self._tensors(part) as tensors:
-                for piece in pieces:
-                    piece.hidden = self._forward(part, piece, tensors)
+                for number, piece in enumerate(pieces):
+                    piece.hidden = self._forward(part, piece, tensors, ("input", number, part + 1))
         total = 0.0
         backward: list[Array] = []  # the gradient of each micro-batch's hidden state
-        for piece in pieces:  # the last block is not run twice: its backward pass follows at once
+        for number, piece in enumerate(pieces):  # the last block is not run twice: its backward pass follows at once
             kept = self._saving(last_block, piece)
-            loss, gradient = self._head_backward(piece, kept.pop("out"), scale)
+            loss, gradient = self._head_backward(piece, kept.pop("out"), scale, number)
             total += loss
-            backward.append(self._backward(last_block, kept, gradient))
+            backward.append(self._backward(last_block, kept, gradient, number))
         self._update()
         for part in range(last_block - 1, self._cut - 1, -1):
             hidden = inputs.pop()
@@ -187,13 +199,56 @@ class GraphBackend:
                 piece.hidden = hidden[number]
                 kept = self._saving(part, piece)
                 del kept["out"]
-                backward[number] = self._backward(part, kept, backward[number])
+                backward[number] = self._backward(part, kept, backward[number], number)
             self._update()
         return total
 
+    def features(self, batch: Batch) -> Array:
+        """The prefix's output (batch, seq, hidden) float32, zero at padding: what a cache keeps."""
+        found = np.zeros((*batch.ids.shape, self._spec.hidden), np.float32)
+        start = 0
+        for piece in self.prefix(batch):
+            count, seq = piece.batch.ids.shape
+            np.multiply(piece.hidden, piece.batch.mask[:, :, None], out=found[start : start + count, :seq])
+            start += count
+        return found
+
+    # what the probe measures: they disturb nothing but the gradient sums
+
+    def saved_bytes(self, batch: Batch) -> int:
+        """What the last block keeps of a batch for its backward pass."""
+        (piece,) = self.prefix(batch, micro_batch=len(batch.labels))
+        kept = self._saving(self._spec.num_blocks - 1, piece)
+        return sum(array.nbytes for name, array in kept.items() if name not in ("bias", "hidden"))
+
+    def timed(self, batch: Batch) -> dict[str, Callable[[], object]]:
+        """The parts of a step whose seconds the planner adds up, on one micro-batch."""
+        piece = self._embed(batch)
+        last = self._spec.num_blocks - 1
+        frozen = range(max(1, self._cut))
+
+        def forward() -> None:
+            with self._tensors(frozen[0]) as tensors:
+                self._forward(frozen[0], piece, tensors, ("timed",))
+
+        def train() -> None:
+            kept = self._saving(last, piece)
+            self._backward(last, kept, kept.pop("out"))
+            self._drop_sums()
+
+        def rest() -> None:
+            self._head_backward(self._embed(batch), piece.hidden, 1.0)
+            self._drop_sums()
+
+        return {"forward": forward, "train": train, "rest": rest}
+
+    def _drop_sums(self) -> None:
+        for name in self._sums.names():
+            self._sums.take(name)
+
     # parts of a step
 
-    def _embed(self, batch: Batch) -> Piece:
+    def _embed(self, batch: Batch, number: int = 0) -> Piece:
         feeds: dict[str, Array] = {"ids": batch.ids, "mask": batch.mask}
         mapped = []
         for tensor in part_tensors(self._spec, EMBED):
@@ -205,7 +260,7 @@ class GraphBackend:
                 numbers, places = np.unique(feeds[index], return_inverse=True)
                 feeds[tensor.name] = self._weights[tensor.name].rows(numbers.tolist())
                 feeds[index] = places.reshape(batch.ids.shape).astype(np.int64)
-        found = self._graphs[EMBED_GRAPH].run(feeds)
+        found = self._run(EMBED_GRAPH, feeds, lambda name: (name, number, 1))
         for array in mapped:
             release_pages(array)
         return Piece(batch, found["hidden"], found["bias"])
@@ -219,34 +274,52 @@ class GraphBackend:
             start += count
         return pieces
 
-    def _forward(self, part: int, piece: Piece, tensors: Mapping[str, Array]) -> Array:
+    def _forward(self, part: int, piece: Piece, tensors: Mapping[str, Array], place: object) -> Array:
         feeds = {"hidden": piece.hidden, "bias": piece.bias, **tensors}
-        return self._graphs[self._graph(part, FORWARD)].run(feeds)["out"]
+        return self._run(self._graph(part, FORWARD), feeds, lambda name: place)["out"]
 
-    def _saving(self, part: int, piece: Piece) -> dict[str, Array]:
-        """The block's output "out" and what its backward pass needs besides its tensors."""
+    def _saving(self, part: int, piece: Piece, place: int = 0) -> dict[str, Array]:
+        """The block's output "out" and what its backward pass needs besides its tensors; valid until `place` is used again."""
         with self._tensors(part) as tensors:
             feeds = {"hidden": piece.hidden, "bias": piece.bias}
-            found = self._graphs[self._graph(part, SAVING)].run({**feeds, **tensors})
+            found = self._run(self._graph(part, SAVING), {**feeds, **tensors}, lambda name: ("saved", place, name))
         return {**found, **feeds}
 
-    def _backward(self, part: int, kept: dict[str, Array], gradient: Array) -> Array:
+    def _run(self, graph: str, feeds: Mapping[str, Array], key: Callable[[str], object]) -> dict[str, Array]:
+        """Run a graph with its outputs in the pool's arrays of the given keys."""
+        return self._graphs[graph].run_into(feeds, lambda name, shape, kind: self._pool.take(key(name), shape, kind))
+
+    def _backward(self, part: int, kept: dict[str, Array], gradient: Array, number: int = 0) -> Array:
         """Add the block's gradients to the sums; -> the gradient of its input (empty for the first trained block)."""
-        name = self._graph(part, FIRST_BACKWARD if part == self._cut else BACKWARD)
-        with self._tensors(part) as tensors:
-            found = self._graphs[name].run({**kept, "d_out": gradient, **tensors})
-        before = found.pop("d_hidden", _NOTHING)
+        graph = self._graph(part, FIRST_BACKWARD if part == self._cut else BACKWARD)
         full = self._lora.names(part) if self._lora else self._names[part]
+
+        def place(name: str, shape: tuple[int, ...], kind: str) -> Array:
+            if name == "d_hidden":
+                return self._pool.take(("gradient", number, part % 2), shape, kind)
+            return self._sums.place(full[name.removeprefix(GRADIENT)], shape)
+
+        with self._tensors(part) as tensors:
+            found = self._graphs[graph].run_into({**kept, "d_out": gradient, **tensors}, place)
+        before = found.pop("d_hidden", _NOTHING)
         for output, value in found.items():
-            self._sums.add(full[output.removeprefix(GRADIENT)], value, alone=self._alone)
+            self._sums.add(full[output.removeprefix(GRADIENT)], value)
         return before
 
-    def _head_backward(self, piece: Piece, hidden: Array, scale: float) -> tuple[float, Array]:
+    def _head_backward(self, piece: Piece, hidden: Array, scale: float, number: int = 0) -> tuple[float, Array]:
         feeds = {"hidden": hidden, "mask": piece.batch.mask, "labels": piece.batch.labels}
         feeds |= {"scale": np.array(scale, np.float32), **self._head_tensors()}
-        found = self._graphs[HEAD_BACKWARD].run(feeds)
+
+        def place(name: str, shape: tuple[int, ...], kind: str) -> Array:
+            if name.startswith(GRADIENT):
+                return self._sums.place(name.removeprefix(GRADIENT), shape)
+            return self._pool.take(
+                ("gradient" if name == "d_hidden" else name, number, self._spec.num_blocks % 2), shape, kind
+            )
+
+        found = self._graphs[HEAD_BACKWARD].run_into(feeds, place)
         for name in self._head:
-            self._sums.add(name, found[GRADIENT + name], alone=self._alone)
+            self._sums.add(name, found[GRADIENT + name])
         return float(found["loss"]), found["d_hidden"]
 
     def _update(self, part: int | None = None) -> None:
@@ -256,8 +329,7 @@ class GraphBackend:
             of_block = set((self._lora.names(part) if self._lora else self._names[part]).values())
             names = [name for name in names if name in of_block]
         for name in names:
-            self._optimizer.update(name, self._trained[name], self._sums.peek(name))
-            self._sums.done(name, alone=self._alone)
+            self._optimizer.update(name, self._trained[name], self._sums.take(name))
 
     # tensors and graphs
 
@@ -272,6 +344,10 @@ class GraphBackend:
                 array = self._weights[name].array()
                 mapped.append(array)
             feeds[relative] = array
+        if self._int8 and part < self._cut:
+            quantized = self._int8.feeds(part)
+            feeds |= quantized
+            mapped += list(quantized.values())[:1]  # letting go of one lets go of all: they are one map
         if self._lora and part >= self._cut:
             feeds |= {relative: self._trained[name] for relative, name in self._lora.names(part).items()}
             feeds["lora_scale"] = self._lora.scale
@@ -285,6 +361,8 @@ class GraphBackend:
         return {name: self._trained[name] for name in self._head}
 
     def _graph(self, part: int, suffix: str) -> str:
+        if self._int8 and part < self._cut and suffix == FORWARD:
+            suffix = FORWARD_INT8
         lora = LORA if self._lora and part >= self._cut else ""
         return f"block{self._kinds[part]}{lora}{suffix}"
 

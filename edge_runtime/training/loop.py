@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,19 +19,29 @@ from edge_runtime.training.corpus import Batch, Corpus
 if TYPE_CHECKING:
     import numpy as np
 
+    from edge_runtime.training.prefix_cache import PrefixCache
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
 
 class Backend(Protocol):
     """Applies a plan to a model and trains it step by step."""
 
     name: str
 
-    def step(self, batch: Batch) -> float:
-        """One optimizer step on a batch, in the plan's micro-batches; -> mean loss."""
+    def step(self, batch: Batch, features: Array | None = None) -> float:
+        """One optimizer step on a batch, in the plan's micro-batches; -> mean loss.
+
+        `features` (batch, seq, hidden) is the frozen prefix's output where it is known already.
+        """
+
+    def features(self, batch: Batch) -> Array:
+        """The frozen prefix's output, zero at padding."""
 
     def correct(self, batch: Batch) -> int:
         """How many examples of a batch the model classifies rightly."""
 
-    def deltas(self) -> Iterator[tuple[str, np.ndarray[Any, np.dtype[Any]]]]:
+    def deltas(self) -> Iterator[tuple[str, Array]]:
         """Trained tensor minus its start, float32, in the order of the plan's suffix, one at a time."""
 
 
@@ -43,6 +53,7 @@ class LoopResult:
     first_loss: float
     last_loss: float
     seconds: float
+    cpu_s: float  # of all threads
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -50,7 +61,13 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return math.ceil(num_examples / batch_size)
 
 
-def run(backend: Backend, corpus: Corpus, plan: Plan, progress: Callable[[int, float], None]) -> LoopResult:
+def run(
+    backend: Backend,
+    corpus: Corpus,
+    plan: Plan,
+    progress: Callable[[int, float], None],
+    cache: PrefixCache | None = None,
+) -> LoopResult:
     """All epochs of a plan; `progress(step, loss)` after each step.
 
     Raises:
@@ -58,16 +75,40 @@ def run(backend: Backend, corpus: Corpus, plan: Plan, progress: Callable[[int, f
     """
     settings = plan.settings
     losses: list[float] = []
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for epoch in range(settings.epochs):
-        for indices in corpus.epoch(settings.batch_size, settings.seed + epoch):
-            loss = backend.step(corpus.batch(indices))
+        batches = corpus.epoch(settings.batch_size, settings.seed + epoch)
+        for batch, features in _with_features(backend, corpus, batches, cache):
+            loss = backend.step(batch, features)
             if not math.isfinite(loss):
                 raise TrainingFailed(f"the loss is {loss} after step {len(losses) + 1}: lower the learning rate")
             losses.append(loss)
             progress(len(losses), loss)
     tail = losses[-max(1, len(losses) // 10) :]
-    return LoopResult(len(losses), losses[0], sum(tail) / len(tail), time.perf_counter() - start)
+    seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
+    return LoopResult(len(losses), losses[0], sum(tail) / len(tail), seconds, cpu_s)
+
+
+def _with_features(
+    backend: Backend, corpus: Corpus, batches: Sequence[Sequence[int]], cache: PrefixCache | None
+) -> Iterator[tuple[Batch, Array | None]]:
+    """Batches with the prefix's output from the cache, which reads ahead; what it lacks is computed and kept.
+
+    A batch that is not held whole is computed whole and rounded as the cache rounds, so that the values do not depend
+    on what a crash left in the cache.
+    """
+    if cache is None:
+        for indices in batches:
+            yield corpus.batch(indices), None
+        return
+    for held in cache.prefetch(batches):
+        batch = corpus.batch(held.indices)
+        features: Array = held.hidden
+        if held.missing:
+            features = backend.features(batch)
+            cache.write(held.indices, features, [int(n) for n in batch.mask.sum(axis=1)])
+            features = features.astype("float16").astype("float32")
+        yield batch, features
 
 
 def accuracy(backend: Backend, corpus: Corpus, batch_size: int) -> float:

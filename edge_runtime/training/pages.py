@@ -34,34 +34,57 @@ def page_copy(source: Array) -> Array:
     return copy
 
 
+class Pool:
+    """Arrays by what they are for; the memory of each is used again in the next step, and grows where it must."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[object, Array] = {}
+
+    def take(self, key: object, shape: tuple[int, ...], kind: str = "float32") -> Array:
+        """An array of this shape with any values; what was taken under the same key before is overwritten."""
+        import numpy as np
+
+        num_bytes = max(1, math.prod(shape) * np.dtype(kind).itemsize)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.nbytes < num_bytes:
+            buffer = self._buffers[key] = page_zeros((num_bytes,), "uint8")
+        return buffer[:num_bytes].view(kind)[: math.prod(shape)].reshape(shape)
+
+
 class GradientSums:
-    """Sums of gradients over micro-batches, by tensor; their memory is used again for the next block and step."""
+    """Sums of gradients over micro-batches, by tensor; their memory is used again for the next block and step.
+
+    `place` gives the array that a gradient is to be written into, `add` counts it in.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, Array] = {}
         self._free: dict[tuple[int, ...], list[Array]] = {}
+        self._scratch = Pool()
+        self._given: dict[tuple[int, ...], int] = {}  # scratch arrays of a shape that are in use
 
-    def add(self, name: str, gradient: Array, *, alone: bool) -> None:
-        """Add a micro-batch's gradient. `alone`: there is no other, so it need not be copied."""
+    def place(self, name: str, shape: tuple[int, ...]) -> Array:
+        """For the first gradient of a tensor its sum itself, for a further one scratch memory."""
         if name in self._sums:
-            self._sums[name] += gradient
-        elif alone:
-            self._sums[name] = gradient
-        else:
-            free = self._free.get(gradient.shape)
-            self._sums[name] = total = free.pop() if free else page_zeros(gradient.shape)
-            total[...] = gradient
+            self._given[shape] = number = self._given.get(shape, 0) + 1
+            return self._scratch.take((shape, number), shape)
+        free = self._free.get(shape)
+        self._sums[name] = array = free.pop() if free else page_zeros(shape)
+        return array
+
+    def add(self, name: str, gradient: Array) -> None:
+        """Count in what was written where `place` said."""
+        total = self._sums[name]
+        if gradient is not total:
+            total += gradient
+            self._given[gradient.shape] -= 1
 
     def names(self) -> list[str]:
         """The tensors that have a sum now, in the order of their first gradient."""
         return list(self._sums)
 
-    def peek(self, name: str) -> Array:
-        """A tensor's sum, which the caller may overwrite; then call `done`."""
-        return self._sums[name]
-
-    def done(self, name: str, *, alone: bool) -> None:
-        """Forget a sum and keep its memory for another of the same shape."""
+    def take(self, name: str) -> Array:
+        """A tensor's sum, which the caller may overwrite until the next `place`; it is forgotten."""
         array = self._sums.pop(name)
-        if not alone:
-            self._free.setdefault(array.shape, []).append(array)
+        self._free.setdefault(array.shape, []).append(array)
+        return array

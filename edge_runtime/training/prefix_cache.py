@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 FOLDER, FEATURES, MARKS = "prefixes", "features.f16", "marks"
 ITEM, MARK_BYTES = 2, 8
+MAX_BYTES = 2 << 30  # of all caches of a device
 RESERVE_BYTES = 256 << 20  # disk space that is left to everybody else
 USEFUL_SHARE = 0.1  # of the examples; with fewer, looking them up is not worth it
 HASH_ITEMS = 1 << 18  # elements of a tensor in memory while it is hashed
@@ -305,6 +306,16 @@ class PrefixCache:
             for descriptor in (self._marks, self._features):
                 with suppress(OSError):
                     os.ftruncate(descriptor, 0)
+
+
+def free_share(root: Path) -> int:
+    """What all caches below a folder may take: a quarter of the disk's free space and theirs, at most MAX_BYTES."""
+    try:
+        disk = os.statvfs(root)
+    except OSError:
+        return 0
+    own = sum(f.stat().st_blocks * 512 for f in (root / "prefixes").glob("*/*") if f.is_file())
+    return min(MAX_BYTES, (disk.f_bavail * disk.f_frsize + own) // 4)
 
 
 def evict(root: Path, max_bytes: int, keep: str) -> None:

@@ -1,65 +1,193 @@
-"""Calibration: one short training in a fresh process tells what the cost law cannot know of this machine.
+"""Calibration: a few short steps in a fresh process tell what the cost law cannot know of this machine and model.
 
-About two seconds. Runs inside the worker process; the result is remembered by `calibration.py`.
+About three seconds. Runs inside the worker process; the result is remembered by `calibration.py`. Imports a backend only
+where it is measured.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_runtime.cost import Calibration, law_bytes
-from edge_runtime.hardware import process_memory
+from edge_runtime.cost import GRAPH_BACKEND, Calibration, Point, between, graph_law_bytes, law_bytes
+from edge_runtime.errors import TrainingFailed
+from edge_runtime.hardware import process_memory, profile, reset_peak
 from edge_runtime.model import ModelSpec
 from edge_runtime.records import CostRow, Plan, TrainSettings
 from edge_runtime.training.corpus import Batch
-from edge_runtime.training.torch_backend import TorchBackend
+from edge_runtime.training.optimizers import Optimizer
 from edge_runtime.weights import MappedTensor
-from edge_runtime.wire import to_plain
+
+if TYPE_CHECKING:
+    from edge_runtime.graphs.bundle import GraphSet
 
 FEW, MANY = 2, 16  # examples of a small and a large micro-batch
+GRAPH_SIZES = (1, 4, 16)  # examples of the micro-batches whose peak is measured, as far as memory goes
+GRAPH_TIMED = (1, 4)  # whose seconds are
+UPDATED = 1 << 20  # values of the tensor that times the optimizer
 
 
-def measure(spec: ModelSpec, weights: Mapping[str, MappedTensor], length: int, threads: int) -> dict[str, Any]:
-    """Train the last block on random tokens of `length`; -> a Calibration as plain values.
+@dataclass(frozen=True)
+class Probed:
+    """What is to be measured: a model, its data's lengths in tokens, and the choices that change the costs."""
 
-    Memory first, at a known configuration: what the law does not explain is the runtime. Then the seconds of a block.
-    """
-    length = max(4, min(length, spec.max_length))
-    settings = TrainSettings(batch_size=FEW)
-    backend = TorchBackend(spec, weights, Plan(CostRow(1, False, FEW, 0, 0.0, 0.0, 0), settings, 3), threads)
-    random = np.random.default_rng(0)
+    spec: ModelSpec
+    weights: Mapping[str, MappedTensor]
+    mean: int
+    longest: int
+    threads: int
+    optimizer: str = "adamw"
+    rank: int = 0
+    precision: str = "float32"
 
-    def batch(size: int) -> Batch:
-        vocabulary = spec.tensors[0].shape[0]
-        ids = random.integers(0, vocabulary, (size, length))
-        return Batch(ids, np.ones_like(ids), random.integers(0, len(spec.labels), size))
+    def settings(self, batch_size: int) -> TrainSettings:
+        """For steps whose memory is measured: the optimizer without states."""
+        return TrainSettings(batch_size=batch_size, optimizer="sgd", lora_rank=self.rank)
 
+    def batch(self, size: int, length: int) -> Batch:
+        """Random tokens, no padding."""
+        random = np.random.default_rng(0)
+        length = max(4, min(length, self.spec.max_length))
+        ids = random.integers(0, self.spec.tensors[0].shape[0], (size, length))
+        return Batch(ids, np.ones_like(ids), random.integers(0, len(self.spec.labels), size))
+
+    def plan(self, backend: str, depth: int, size: int) -> Plan:
+        """A step of one micro-batch."""
+        rank = self.rank if depth else 0
+        row = CostRow(depth, False, size, 0, 0.0, 0.0, 0, backend=backend, rank=rank, precision=self.precision)
+        return Plan(row, self.settings(size), 3)
+
+
+def measure_torch(probed: Probed) -> Calibration:
+    """Train the last block. Memory first, at a known configuration: what the law does not explain is the runtime."""
+    from edge_runtime.training.torch_backend import TorchBackend
+
+    spec, length = probed.spec, max(4, min(probed.mean, probed.spec.max_length))
+    backend = TorchBackend(spec, probed.weights, probed.plan("torch", 1, FEW), probed.threads)
+    few, many = probed.batch(FEW, length), probed.batch(MANY, length)
     for _ in range(3):
-        backend.step(batch(FEW))
+        backend.step(few)
     backend.touch()
     peak = process_memory()["VmHWM"]
-    runtime = max(0, peak - law_bytes(spec, 1, False, FEW * length, 1, settings.optimizer))
-    few, many = batch(FEW), batch(MANY)
-    forward = [median_s(partial(backend.block_forward, b)) for b in (few, many)]
-    train = [median_s(partial(backend.block_train, b)) for b in (few, many)]
-    update = median_s(backend.block_update)
-    span = (MANY - FEW) * length
-    per_forward, per_train = ((pair[1] - pair[0]) / span for pair in (forward, train))
-    calibration = Calibration(
-        backend=backend.name,
-        runtime_bytes=runtime,
-        forward_fixed_s=max(0.0, forward[0] - per_forward * FEW * length),
-        forward_per_token_s=max(0.0, per_forward),
-        train_fixed_s=max(0.0, train[0] - per_train * FEW * length),
-        train_per_token_s=max(0.0, per_train),
-        update_per_parameter_s=update / sum(t.size for t in spec.suffix(1)),
+    runtime = max(0, peak - law_bytes(spec, 1, False, FEW * length, 1, "sgd"))
+    forward = line([(b.ids.size, median_s(partial(backend.block_forward, b))) for b in (few, many)])
+    train = line([(b.ids.size, median_s(partial(backend.block_train, b))) for b in (few, many)])
+    return Calibration(
+        "torch",
+        runtime,
+        *forward,
+        *train,
+        update_s(probed.optimizer),
+        rest_fixed_s=forward[0],
+        rest_per_token_s=forward[1],
     )
-    return {"calibration": to_plain(calibration)}
+
+
+def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibration:
+    """Train the head, then the last two blocks: peaks at two sizes of the micro-batch, and the seconds of a block."""
+    from edge_runtime.training.graph_backend import GraphBackend
+
+    spec, longest = probed.spec, max(4, min(probed.longest, probed.spec.max_length))
+    room = hardware_room()
+
+    def backend_of(depth: int) -> GraphBackend:
+        plan = probed.plan(GRAPH_BACKEND, depth, max(GRAPH_SIZES))
+        return GraphBackend(spec, probed.weights, plan, graphs, probed.threads, scratch)
+
+    def peaks(backend: GraphBackend, depth: int) -> tuple[Point, ...]:
+        points: list[Point] = []
+        rank = probed.rank if depth else 0
+        for size in GRAPH_SIZES:
+            tokens = size * longest
+            if len(points) > 1 and between(points, tokens) * 1.2 > room:
+                break
+            reset_peak()
+            for _ in range(2):
+                backend.step(probed.batch(size, longest))
+            held = graph_law_bytes(spec, depth, False, rank, tokens, tokens, "sgd")
+            points.append(Point(tokens, max(0, process_memory()["VmHWM"] - held)))
+        return tuple(points)
+
+    depth = min(2, spec.num_blocks)
+    # Each in a process of its own, so that no memory of the one is counted for the other.
+    head, block = (in_child(lambda d=d: peaks(backend_of(d), d)) for d in (0, depth))  # type: ignore[misc]
+    backend = backend_of(depth)
+    saved = backend.saved_bytes(probed.batch(1, longest)) // longest
+    few, many = (probed.batch(size, probed.mean) for size in GRAPH_TIMED)
+    times = {
+        what: line([(b.ids.size, median_s(backend.timed(b)[what], 5)) for b in (few, many)])
+        for what in ("forward", "train", "rest")
+    }
+    return Calibration(
+        GRAPH_BACKEND,
+        0,
+        *times["forward"],
+        *times["train"],
+        update_s(probed.optimizer),
+        rank=probed.rank,
+        precision=probed.precision,
+        rest_fixed_s=times["rest"][0],
+        rest_per_token_s=times["rest"][1],
+        head_peaks=head,
+        block_peaks=block,
+        probed_depth=depth,
+        saved_per_token_bytes=saved,
+    )
+
+
+def in_child(measure: Callable[[], tuple[Point, ...]]) -> tuple[Point, ...]:
+    """What `measure` finds in a forked process, where no onnxruntime session exists yet.
+
+    Raises:
+        TrainingFailed: the process was ended, for example because there was not enough memory.
+    """
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(write, json.dumps([[p.tokens, p.peak_bytes] for p in measure()]).encode())
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    os.close(write)
+    with os.fdopen(read, "rb") as answer:
+        found = answer.read()
+    _, status = os.waitpid(child, 0)
+    if status != 0:
+        raise TrainingFailed("the probe's process ended without a result: there may not be enough memory")
+    return tuple(Point(tokens, peak) for tokens, peak in json.loads(found))
+
+
+def hardware_room() -> int:
+    """Bytes that this process may reach without starving the machine."""
+    return profile(speed=False).memory_available_bytes + process_memory()["VmRSS"]
+
+
+def line(points: list[tuple[int, float]]) -> tuple[float, float]:
+    """The line through two points (x, y) -> (its value at 0, its slope), neither below 0."""
+    (x0, y0), (x1, y1) = points
+    slope = max(0.0, (y1 - y0) / max(1, x1 - x0))
+    return max(0.0, y0 - slope * x0), slope
+
+
+def update_s(optimizer: str) -> float:
+    """Seconds of an optimizer step for each trained value."""
+    update = Optimizer(TrainSettings(optimizer=optimizer), ())
+    weight, gradient = np.zeros((1024, UPDATED >> 10), np.float32), np.ones((1024, UPDATED >> 10), np.float32)
+
+    def once() -> None:
+        update.begin_step()
+        update.update("probe", weight, gradient)
+
+    return median_s(once, 5) / UPDATED
 
 
 def median_s(work: Callable[[], object], repeats: int = 7) -> float:

@@ -28,6 +28,13 @@ POLL_S = 0.05
 # RLIMIT_DATA counts reserved address space: thread stacks and allocator arenas that are never touched come on top.
 RLIMIT_RESERVE_BYTES = 512 << 20
 
+# torch: tensors go back to the system as soon as they are freed, so that the peak is that of the law, not of the heap's
+# holes. onnxruntime has an arena of its own for them (`graphs/session.py`).
+HEAP = {
+    "onnx": {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
+    "torch": {"MALLOC_MMAP_THRESHOLD_": str(256 << 10), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+}
+
 
 class Worker:
     """One worker process. Use `poll` in a loop, or `run_worker` to wait for it."""
@@ -45,9 +52,7 @@ class Worker:
             "OPENBLAS_NUM_THREADS": "1",
             "MKL_NUM_THREADS": str(threads),
             "OMP_WAIT_POLICY": "passive",
-            # Tensors go back to the system as soon as they are freed: the peak is that of the law, not of the heap's holes.
-            "MALLOC_MMAP_THRESHOLD_": str(256 << 10),
-            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+            **HEAP.get(job.get("backend", ""), {}),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
             "PYTHONSAFEPATH": "1",

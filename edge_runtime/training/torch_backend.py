@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from edge_runtime.model import ModelSpec, load_family
-from edge_runtime.records import Plan, TrainSettings
+from edge_runtime.records import Plan
 from edge_runtime.training.corpus import Batch
+from edge_runtime.training.optimizers import Optimizer
 from edge_runtime.weights import MappedTensor
 
 if TYPE_CHECKING:
     import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class TorchBackend:
@@ -45,14 +48,23 @@ class TorchBackend:
         trained = {n: p for n, p in self._model.named_parameters() if n in self._base}  # type: ignore[attr-defined]
         self._trained = {t.name: trained[t.name] for t in spec.suffix(self._depth)}
         head = {t.name for t in spec.suffix(0)}
-        self._optimizer = Optimizer(self._trained, head, plan.settings)
+        self._optimizer = Optimizer(plan.settings, head)
 
-    def step(self, batch: Batch) -> float:
+    def step(self, batch: Batch, features: Array | None = None) -> float:
+        """As `loop.Backend`; this backend computes the prefix always."""
         total = 0.0
         for part in batch.split(self._plan.chosen.micro_batch):
             total += self._accumulate(part, len(batch.labels))
-        self._optimizer.step()
+        self._optimizer.begin_step()
+        for name, parameter in self._trained.items():
+            if parameter.grad is not None:
+                self._optimizer.update(name, parameter.detach().numpy(), parameter.grad.contiguous().numpy())
+                parameter.grad = None
         return total
+
+    def features(self, batch: Batch) -> Array:
+        """Not offered: the planner caches no prefix for this backend."""
+        raise NotImplementedError
 
     def correct(self, batch: Batch) -> int:
         ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)
@@ -63,11 +75,11 @@ class TorchBackend:
             predicted = self._model.head(hidden, mask).argmax(-1)
         return int((predicted == torch.from_numpy(batch.labels)).sum())
 
-    def deltas(self) -> Iterator[tuple[str, np.ndarray[Any, np.dtype[Any]]]]:
+    def deltas(self) -> Iterator[tuple[str, Array]]:
         for name, parameter in self._trained.items():
             yield name, parameter.detach().numpy() - self._base[name].array()
 
-    # What the probe times: one block on a batch, and the optimizer. They disturb the weights: not for use in training.
+    # What the probe times: one block on a batch.
 
     def block_forward(self, batch: Batch) -> None:
         """The last block without gradients."""
@@ -80,12 +92,6 @@ class TorchBackend:
             hidden, bias = self._model.embed(torch.from_numpy(batch.ids), torch.from_numpy(batch.mask))
         hidden.requires_grad_()
         self._model.blocks[-1](hidden, bias).sum().backward()
-
-    def block_update(self) -> None:
-        """An optimizer step on gradients that are zero."""
-        for parameter in self._trained.values():
-            parameter.grad = torch.zeros_like(parameter)
-        self._optimizer.step()
 
     def touch(self) -> None:
         """Read every weight once, so that its mapped pages are resident as in a long run."""
@@ -130,44 +136,3 @@ class TorchBackend:
             (blocks[i](hidden, bias) * gradient).sum().backward()
             gradient = hidden.grad
         return float(loss.detach())
-
-
-class Optimizer:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) or plain SGD, in place, one tensor's temporary at a time.
-
-    The head has a learning rate of its own; vectors (biases, norms) are not decayed.
-    """
-
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], head: set[str], settings: TrainSettings) -> None:
-        self._settings = settings
-        self._rates = {n: settings.head_learning_rate if n in head else settings.learning_rate for n in parameters}
-        self._parameters = dict(parameters)
-        self._moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._steps = 0
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Apply and clear the accumulated gradients."""
-        self._steps += 1
-        for name, parameter in self._parameters.items():
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            if self._settings.optimizer == "sgd":
-                parameter.add_(gradient, alpha=-self._rates[name])
-            else:
-                self._adamw(name, parameter, gradient)
-            parameter.grad = None
-
-    def _adamw(self, name: str, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-        beta1, beta2, epsilon = 0.9, 0.999, 1e-8
-        if name not in self._moments:
-            self._moments[name] = (torch.zeros_like(parameter), torch.zeros_like(parameter))
-        first, second = self._moments[name]
-        first.lerp_(gradient, 1 - beta1)
-        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        rate = self._rates[name]
-        if parameter.dim() > 1:
-            parameter.mul_(1 - rate * self._settings.weight_decay)
-        scale = (second / (1 - beta2**self._steps)).sqrt_().add_(epsilon)
-        parameter.addcdiv_(first, scale, value=-rate / (1 - beta1**self._steps))

@@ -1,7 +1,7 @@
 """The training process: one job in as JSON on standard input, JSON lines out. Its exit returns all its memory.
 
 Started by `process.py` as `python -m edge_runtime.training.worker`; ends when its standard input closes, so that it never
-outlives an agent that was killed. Jobs: `corpus` (tokenise), `probe` (calibrate), `train`.
+outlives an agent that was killed. Jobs: `corpus` (tokenise), `probe` (calibrate), `train`, `derive` (training graphs).
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from edge_runtime.cost import GRAPH_BACKEND
 from edge_runtime.data import Example, Examples, read_examples
-from edge_runtime.errors import EdgeError, TrainingFailed, UsageError
+from edge_runtime.errors import EdgeError, ModelError, StoreError, TrainingFailed, UsageError
 from edge_runtime.hardware import process_memory
 from edge_runtime.model import ModelSpec, load_family
 from edge_runtime.records import Plan, TrainReport
@@ -26,6 +27,11 @@ from edge_runtime.store import atomic_writer
 from edge_runtime.training.corpus import Corpus, build_corpus
 from edge_runtime.weights import MappedTensor
 from edge_runtime.wire import from_plain, to_plain
+
+if TYPE_CHECKING:
+    from edge_runtime.graphs.bundle import GraphSet
+    from edge_runtime.training.loop import Backend
+    from edge_runtime.training.prefix_cache import PrefixCache
 
 STARTED = time.monotonic()
 Job = Mapping[str, Any]
@@ -75,25 +81,77 @@ def corpus(job: Job) -> dict[str, Any]:
     }
 
 
+def backend_of(job: Job, spec: ModelSpec, plan: Plan) -> Backend:
+    """The backend that the plan names."""
+    if plan.chosen.backend != GRAPH_BACKEND:
+        from edge_runtime.training.torch_backend import TorchBackend
+
+        return TorchBackend(spec, weights_of(job), plan, job["threads"])
+    from edge_runtime.training.graph_backend import GraphBackend
+
+    return GraphBackend(spec, weights_of(job), plan, graphs_of(job, spec), job["threads"], Path(job["cache"]))
+
+
+def graphs_of(job: Job, spec: ModelSpec) -> GraphSet:
+    """The graph set that a job names, if it is this model's: it may have come over the network.
+
+    Raises:
+        ModelError: it is another model's.
+    """
+    from edge_runtime.graphs.find import read_graphs
+    from edge_runtime.graphs.match import misfit
+
+    graphs = read_graphs(Path(job["graphs"]))
+    if reason := misfit(graphs, spec):
+        raise ModelError(f"the training graphs in {job['graphs']} are not this model's: {reason}")
+    return graphs
+
+
+def open_cache(job: Job, spec: ModelSpec, plan: Plan, data: Corpus) -> PrefixCache | None:
+    """The cache of the prefix's outputs, where the plan wants one and it pays.
+
+    It pays with several epochs, or in a fleet when the prefix has not changed since the round before.
+    """
+    if not plan.chosen.cached:
+        return None
+    from edge_runtime.training.prefix_cache import PrefixCache, evict, free_share, prefix_key
+
+    root = Path(job["cache"])
+    key = prefix_key(spec, weights_of(job), plan.chosen.depth, data.folder.name, plan.chosen.precision)
+    last = root / "last-prefix"
+    pays = plan.settings.epochs > 1 or (last.exists() and last.read_text() == key)
+    with contextlib.suppress(OSError, StoreError):
+        with atomic_writer(last) as file:
+            file.write(key.encode())
+        evict(root, free_share(root), key)
+    return PrefixCache.open(root, key, data, spec.hidden, free_share(root)) if pays else None
+
+
 def train(job: Job) -> dict[str, Any]:
     """Train as planned and write the update: every trained tensor's delta, float32, in the order of the suffix."""
     from edge_runtime.training.loop import accuracy, run
-    from edge_runtime.training.torch_backend import TorchBackend
 
     spec = spec_of(job)
     plan: Plan = from_plain(Plan, job["plan"], "plan")
-    backend = TorchBackend(spec, weights_of(job), plan, job["threads"])
+    backend = backend_of(job, spec, plan)
     data = Corpus(Path(job["corpus"]))
+    cache = open_cache(job, spec, plan, data)
+    started = 0.0
     last = 0.0
 
     def progress(step: int, loss: float) -> None:
-        nonlocal last
+        nonlocal last, started
         now = time.monotonic()
+        started = started or now - STARTED
         if now - last > 0.2 or step == plan.steps:
             last = now
             emit(step=step, steps=plan.steps, loss=round(loss, 5))
 
-    result = run(backend, data, plan, progress)
+    try:
+        result = run(backend, data, plan, progress, cache)
+    finally:
+        if cache is not None:
+            cache.close()
     peak = process_memory().get("VmHWM", 0)
     held_out = (
         accuracy(backend, Corpus(Path(job["test_corpus"])), plan.chosen.micro_batch) if job.get("test_corpus") else None
@@ -116,20 +174,42 @@ def train(job: Job) -> dict[str, Any]:
         total_s=time.monotonic() - STARTED,
         peak_bytes=max(peak, process_memory().get("VmHWM", 0)),
         promised_peak_bytes=plan.chosen.peak_bytes,
-        promised_s=plan.chosen.epoch_s * plan.settings.epochs,
+        promised_s=plan.chosen.total_s(plan.settings.epochs),
         accuracy=held_out,
+        cpu_s=result.cpu_s,
+        start_s=started,
+        rank=plan.chosen.rank,
+        precision=plan.chosen.precision,
+        cached=cache is not None,
     )
     return {"report": to_plain(report)}
 
 
 def probe(job: Job) -> dict[str, Any]:
     """Measure what the planner's formulas cannot know of this machine."""
-    from edge_runtime.training.probe import measure
+    from edge_runtime.training.probe import Probed, measure_graphs, measure_torch
 
-    return measure(spec_of(job), weights_of(job), job["length"], job["threads"])
+    choices = {key: job[key] for key in ("mean", "longest", "threads", "optimizer", "rank", "precision")}
+    probed = Probed(spec_of(job), weights_of(job), **choices)
+    if job["backend"] == GRAPH_BACKEND:
+        found = measure_graphs(probed, graphs_of(job, probed.spec), Path(job["cache"]))
+    else:
+        found = measure_torch(probed)
+    return {"calibration": to_plain(found)}
 
 
-JOBS = {"corpus": corpus, "train": train, "probe": probe}
+def derive(job: Job) -> dict[str, Any]:
+    """Derive a model's training graphs and write them to a file."""
+    from edge_runtime.graphs.bundle import encode_graphs
+    from edge_runtime.graphs.derive import derive
+
+    graphs = encode_graphs(derive(spec_of(job), weights_of(job)))
+    with atomic_writer(Path(job["graphs"])) as file:
+        file.write(graphs)
+    return {}
+
+
+JOBS = {"corpus": corpus, "train": train, "probe": probe, "derive": derive}
 
 
 def main() -> int:

@@ -56,6 +56,8 @@ DISTILBERT_NAMES = {
 DISTILBERT_LAYER = re.compile(r"transformer\.layer\.(\d+)\.(.+)\.(weight|bias)")
 OLD_NORM_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 HEAD_NAMES = ("classifier.weight", "classifier.bias")
+# They size tensors or count blocks; whether there are token types at all shows in the embedding's tensors.
+GRAPH_FREE_CONFIG = frozenset({"num_hidden_layers", "vocab_size", "max_position_embeddings", "type_vocab_size"})
 
 
 def describe(config: Mapping[str, ConfigValue], labels: Sequence[str], max_length: int) -> ModelSpec:
@@ -147,6 +149,21 @@ def build(spec: ModelSpec, tensors: Mapping[str, Any]) -> Bert:
         )
     model.load_state_dict(given, assign=True)
     return model
+
+
+def bundled_graphs(spec: ModelSpec) -> Path | None:
+    """The training graphs that come with this package for the common shapes (`tools/graphs` makes them)."""
+    c = spec.config
+    if c["hidden_act"] != "gelu" or c["layer_norm_eps"] != 1e-12:
+        return None
+    name = graphs_name(spec.hidden, spec.heads, spec.feed_forward, types=bool(c["type_vocab_size"]))
+    path = Path(__file__).parent / "graphs" / name
+    return path if path.is_file() else None
+
+
+def graphs_name(hidden: int, heads: int, feed_forward: int, *, types: bool) -> str:
+    """The name of a bundled set's file. `types`: with token type embeddings (DistilBERT has none)."""
+    return f"bert-{hidden}-{heads}-{feed_forward}{'' if types else '-untyped'}.graphs"
 
 
 def _checked_config(config: Mapping[str, Any]) -> dict[str, ConfigValue]:

@@ -662,6 +662,25 @@ def test_who_is_revoked_is_disconnected_before_long_and_nobody_else(
         assert other.ping() and coordinator.ping()
 
 
+def test_who_got_a_new_secret_is_disconnected_where_it_logged_in_with_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "RECHECK_S", 1.0)
+    init(tmp_path, name=REALM, labels=["no", "yes"])
+    fleet = Fleet(tmp_path)
+    secrets = {name: fleet.enroll(name, tmp_path / f"{name}.toml").secret for name in ("dev-a", "dev-b")}
+    with (
+        EmbeddedBroker(HOST, 0, REALM, fleet.lookup()) as broker,
+        logged_in(broker.port, "dev-a", secrets["dev-a"]) as stolen,
+        logged_in(broker.port, "dev-b", secrets["dev-b"]) as other,
+    ):
+        renewed = Fleet(tmp_path).enroll("dev-a", tmp_path / "dev-a.toml", renew=True).secret
+        assert stolen.hung_up()
+        with logged_in(broker.port, "dev-a", renewed) as device:
+            time.sleep(2.5)
+            assert device.ping() and other.ping()
+
+
 def test_a_lookup_that_fails_disconnects_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "RECHECK_S", 1.0)
     broken = threading.Event()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edge_coordinator.cli import main
-from edge_coordinator.config import CONFIG_FILE
+from edge_coordinator.config import CONFIG_FILE, load_config
 from edge_coordinator.fleet import Fleet, init
 from edge_runtime.version import software
 
@@ -72,6 +72,21 @@ def test_a_fleet_needs_its_classes_from_one_place_and_two_of_them(
     assert main(["init", str(tmp_path / "f"), "--labels", "a,b", "--max-length", "1"]) == 2
     assert "max_length must be from 3" in capsys.readouterr().err
     assert not (tmp_path / "f" / CONFIG_FILE).exists()
+
+
+def test_labels_from_a_file_with_a_bad_row_stop_with_its_line_or_leave_it_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "texts.csv"
+    data.write_bytes("text,label\none,yes\ntwo,no\nthree,größer\n".encode("latin-1"))
+    labels = ["--labels-from", str(data), "--json"]
+    assert main(["init", str(tmp_path / "a"), *labels]) == 3
+    assert f"{data}, line 4" in capsys.readouterr().err
+    assert main(["init", str(tmp_path / "b"), *labels, "--skip-bad-rows"]) == 0
+    out, err = capsys.readouterr()
+    assert '["no", "yes"]' in out and "skipped 1 bad rows; line 4" in err
+    assert main(["init", str(tmp_path / "c"), *labels, "--encoding", "latin-1"]) == 0
+    assert load_config(tmp_path / "c").model.labels == ("größer", "no", "yes")
 
 
 def test_revoking_says_that_a_standing_connection_ends_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,7 +155,7 @@ WRONG = [
     ("train", "batch_size", "5000", "batch_size must be from 1 to 4096"),
     ("train", "learning_rate", "nan", "[train] learning_rate must be a finite number"),
     ("train", "learning_rate", "-1", "learning_rate must be from 0 to 10"),
-    ("train", "optimizer", '"lion"', "optimizer must be one of adamw, sgd"),
+    ("train", "optimizer", '"lion"', "optimizer must be one of adamw, adamw8bit"),
     ("train", "seed", "-1", "seed must be from 0"),
     ("train", "seed", str(1 << 63), "seed must be from 0"),
     ("broker", "kind", '"mosquitto"', "[broker] kind must be embedded or external"),
@@ -212,6 +212,18 @@ def test_a_name_that_could_change_a_topic_is_refused(tmp_path: Path, name: str) 
 def test_what_is_no_toml_is_refused_and_the_file_named(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UsageError, match=CONFIG_FILE):
         load_config(write(tmp_path, content))
+
+
+def test_a_base_that_is_a_folder_beside_the_file_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "farm"
+    (folder / "base").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for base, expected in (("base", str(folder / "base")), ("elsewhere", "elsewhere"), ("minilm-l6", "minilm-l6")):
+        config = load_config(write(Path("farm"), with_key("model", "base", f'"{base}"')))
+        assert config.model.base == expected
 
 
 def test_a_missing_file_tells_how_to_make_one(tmp_path: Path) -> None:

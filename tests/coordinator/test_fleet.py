@@ -12,9 +12,11 @@ import pytest
 from edge_coordinator.config import CONFIG_FILE, load_config
 from edge_coordinator.fleet import LEDGER_FILE, SECRET_FILE, Fleet, init, labels_of
 from edge_coordinator.methods import METHODS
+from edge_coordinator.models import Models
 from edge_coordinator.secrets import hash_secret, verify_secret
 from edge_runtime.credentials import read_credentials
-from edge_runtime.errors import EdgeError, StoreError, UsageError
+from edge_runtime.errors import DataError, EdgeError, StoreError, UsageError
+from edge_runtime.store import BlobStore
 from edge_runtime.topics import COORDINATOR
 from tests.worlds import fill, small_disk
 
@@ -96,6 +98,17 @@ def test_labels_come_from_a_data_file_sorted(tmp_path: Path) -> None:
     assert labels_of(path, "text", "label") == ("a", "b")
 
 
+def test_a_bad_row_is_named_with_its_line_or_skipped_on_demand_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("text,label\none,b\ntwo,a\ngrün,c\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.csv, line 4: .*(.|\n)*--encoding.*--skip-bad-rows"):
+        labels_of(path, "text", "label")
+    assert labels_of(path, "text", "label", encoding="latin-1") == ("a", "b", "c")
+    said: list[str] = []
+    assert labels_of(path, "text", "label", skip_bad_rows=True, progress=said.append) == ("a", "b")
+    assert "skipped 1 bad rows; line 4" in said[0]
+
+
 # devices
 
 
@@ -124,7 +137,7 @@ def test_no_file_of_the_fleet_holds_a_devices_secret(fleet: Fleet, tmp_path: Pat
 def test_a_device_is_enrolled_once_and_the_second_try_changes_nothing(fleet: Fleet, tmp_path: Path) -> None:
     first = fleet.enroll("pi-1", tmp_path / "one.toml")
     with pytest.raises(UsageError, match="exists already: --renew"):
-        fleet.enroll("pi-2", tmp_path / "one.toml")
+        fleet.enroll("pi-1", tmp_path / "one.toml")
     with pytest.raises(UsageError, match="pi-1 is enrolled already"):
         fleet.enroll("pi-1", tmp_path / "two.toml")
     assert not (tmp_path / "two.toml").exists()
@@ -140,6 +153,17 @@ def test_a_renewed_device_has_a_new_secret_and_its_old_one_is_worth_nothing(flee
     assert read_credentials(out) == new
     assert verified(fleet, "pi-1", new.secret)
     assert not verified(fleet, "pi-1", old.secret)
+
+
+@pytest.mark.parametrize("renew", [False, True])
+def test_a_file_that_is_left_of_a_device_nobody_knows_is_said_to_be_just_that(
+    fleet: Fleet, tmp_path: Path, renew: bool
+) -> None:
+    (tmp_path / "pi-1.toml").write_text("of an older fleet")
+    with pytest.raises(UsageError, match="exists already, and no pi-1 is enrolled: remove it"):
+        fleet.enroll("pi-1", tmp_path / "pi-1.toml", renew=renew)
+    (tmp_path / "pi-1.toml").unlink()
+    fleet.enroll("pi-1", tmp_path / "pi-1.toml")
 
 
 def test_a_device_that_was_never_enrolled_is_not_renewed(fleet: Fleet, tmp_path: Path) -> None:
@@ -248,6 +272,44 @@ def test_a_lost_secret_file_is_replaced(fleet: Fleet) -> None:
     assert again.secret() != old
     assert verified(again, COORDINATOR, again.secret())
     assert not verified(again, COORDINATOR, old)
+
+
+@pytest.mark.parametrize("content", ["", " \n", "\0folder"])
+def test_a_secret_that_cannot_be_read_is_a_clear_error_and_can_be_removed(fleet: Fleet, content: str) -> None:
+    path = fleet.folder / SECRET_FILE
+    path.unlink()
+    if content == "\0folder":
+        path.mkdir()
+    else:
+        path.write_text(content)
+    with pytest.raises(StoreError, match="remove it, and another secret is made"):
+        Fleet(fleet.folder)
+    path.rmdir() if path.is_dir() else path.unlink()
+    assert verified(Fleet(fleet.folder), COORDINATOR, Fleet(fleet.folder).secret())
+
+
+# the ledger
+
+
+@pytest.mark.parametrize("lost", ["missing", "empty"])
+def test_a_lost_ledger_beside_models_is_refused_and_the_models_stay(fleet: Fleet, lost: str) -> None:
+    blob = Models(fleet.folder, fleet.ledger).store.put(b"trained for weeks")
+    fleet.ledger.close()
+    kept = (fleet.folder / LEDGER_FILE).read_bytes()
+    (fleet.folder / LEDGER_FILE).unlink()
+    if lost == "empty":
+        (fleet.folder / LEDGER_FILE).touch()
+    for _ in range(2):
+        with pytest.raises(StoreError, match="new or empty.*put the ledger back from a backup"):
+            Fleet(fleet.folder)
+    assert BlobStore(fleet.folder / "store").has(blob)
+    (fleet.folder / LEDGER_FILE).write_bytes(kept)
+    assert Fleet(fleet.folder).secret() == fleet.secret()
+
+
+def test_a_first_import_that_was_killed_may_be_repeated(fleet: Fleet) -> None:
+    Models(fleet.folder, fleet.ledger).store.put(b"the first tensor")
+    assert Fleet(fleet.folder).ledger.newest_model() is None
 
 
 def test_users_are_everybody_who_may_connect_with_their_hashes(fleet: Fleet, tmp_path: Path) -> None:

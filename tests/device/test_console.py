@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from edge_runtime.console import note, note_event
+
+FULL = Path("/dev/full")  # every write says that there is no space left
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="this machine has no /dev/full")
 
 
 @pytest.mark.parametrize(
@@ -31,3 +38,60 @@ def test_the_words_of_a_device_within_an_event_are_harmless_too(capsys: pytest.C
     note_event(event, {"rejected": lambda e: f"{e['device']}: {e['reason']}"})
     note_event(event, {})
     assert capsys.readouterr().err == "pi-1: ?]0;owned?\nrejected device=pi-1 reason=?]0;owned?\n"
+
+
+# a log on a disk that is full
+
+
+def on_a_full_disk(code: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    """Run Python code whose standard output goes to a full disk."""
+    with FULL.open("wb") as log:
+        return subprocess.run([sys.executable, "-c", code, *arguments], stdout=log, stderr=subprocess.PIPE, check=False)
+
+
+@needs_full
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_log_on_a_full_disk_does_not_end_what_writes_it(
+    unbuffered: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log of `join --json` and `serve --json` and what they note beside it; there is room again at the end."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    code = """
+import os, sys
+from edge_runtime.console import note, print_json, run_main
+
+def main():
+    os.dup2(1, 2)
+    for i in range(1000):
+        print_json({"event": "status", "number": i})
+        note(f"pi-{i} is online")
+    log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1), os.dup2(log, 2)
+    print_json({"event": "stopped"})
+    return 0
+
+sys.exit(run_main(main))
+"""
+    done = on_a_full_disk(code, str(tmp_path / "log"))
+    assert done.returncode == 0
+    assert b'{"event": "stopped"}\n' in (tmp_path / "log").read_bytes()
+
+
+@needs_full
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["edge_runtime.start", "profile", "--json"],
+        ["edge_coordinator.start", "init", "{folder}", "--labels", "a,b"],
+        ["edge_coordinator.start", "init", "{folder}", "--labels", "a,b", "--json"],
+    ],
+)
+def test_output_that_a_full_disk_does_not_take_is_one_line_and_the_exit_code_of_storage(
+    command: list[str], unbuffered: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    module, *arguments = (word.format(folder=tmp_path / "f") for word in command)
+    done = on_a_full_disk(f"import sys; from {module} import main; sys.exit(main())", *arguments)
+    assert (done.returncode, done.stderr.count(b"\n")) == (10, 1)
+    assert b"no space left" in done.stderr

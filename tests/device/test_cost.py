@@ -27,7 +27,7 @@ from tests.samples import quickly, small_spec
 SPEC = small_spec(4, 64)
 DATA = DataShape(1000, 120, 30.0)
 SETTINGS = TrainSettings(epochs=2, batch_size=16)
-CALIBRATION = Calibration("torch", 100 << 20, 1e-3, 2e-5, 3e-3, 7e-5, 1e-9)
+CALIBRATION = Calibration("torch", 100 << 20, 1e-3, 2e-5, 3e-3, 7e-5, 1e-9, rest_fixed_s=1e-3, rest_per_token_s=2e-5)
 
 DEPTHS = st.integers(0, 4)
 TOKENS = st.integers(1, 20_000)

@@ -119,7 +119,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column_though_the_encoding_is
         (b"a\xff,x", "line 3 holds bytes that are not utf-8"),
         (b"a\0,x", "line 3 holds a NUL byte"),
         (b'"a"b,x', "quotes do not match"),
-        (b"a," + b"l" * 300, "the label has 300 characters, at most 256"),
+        (b"a," + b"l" * 300, "the label has 300 characters, at most 200"),
     ],
 )
 def test_a_bad_csv_row_is_named_or_skipped(tmp_path: Path, row: bytes, reason: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from edge_models import bert
 from edge_runtime.errors import ModelError, WireError
-from edge_runtime.keeper import MAX_BAD_HASHES, ModelKeeper
+from edge_runtime.keeper import MAX_BAD_HASHES, MISSING_S, ModelKeeper
 from edge_runtime.manifest import encode_manifest, make_manifest
 from edge_runtime.source import MANIFEST_FILE
 from edge_runtime.store import BlobStore
@@ -255,10 +255,26 @@ def test_a_family_that_this_device_does_not_allow_is_refused_once_and_no_tensor_
     assert world.keeper.requests(0.0) is None
 
 
-def test_a_blob_that_the_coordinator_lacks_ends_the_fetch_and_what_came_stays(world: World) -> None:
+def test_after_a_blob_that_the_coordinator_lacks_it_is_asked_again_later_and_what_came_stays(world: World) -> None:
+    world.keeper.announce(world.publish(2, seed=2))
+    need = world.keeper.requests(100.0)
+    assert need
+    for _ in range(2):
+        world.keeper.missing(need.ranges[0].blob, 100.0)
+    assert world.keeper.requests(100.0 + MISSING_S - 1) is None, "not in a tight loop"
+    assert world.kinds().count("problem") == 1
+    while need := world.keeper.requests(100.0 + MISSING_S):
+        world.answer(need)
+        world.keeper.complete()
+    assert world.keeper.held == 2 and world.is_whole()
+
+
+def test_a_newer_version_is_fetched_at_once_whatever_the_one_before_lacked(world: World) -> None:
     world.keeper.announce(world.publish(2, seed=2))
     need = world.keeper.requests(0.0)
     assert need
-    world.keeper.missing(need.ranges[0].blob)
+    world.keeper.missing(need.ranges[0].blob, 0.0)
+    assert world.keeper.requests(1.0) is None
+    world.keeper.announce(world.publish(3, seed=3))
     world.fetch()
-    assert world.keeper.held == 2 and world.is_whole()
+    assert world.keeper.held == 3 and world.is_whole()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.cost import Calibration, DataShape
+from edge_runtime.cost import Calibration, DataShape, cost
 from edge_runtime.errors import DoesNotFit, UsageError
 from edge_runtime.planner import check_settings, choose, cost_table, feasible, make_plan, mib, over_budget, shrink
 from edge_runtime.records import Budget, CostRow, TrainSettings
@@ -122,27 +122,32 @@ def test_a_table_has_every_depth_without_and_with_checkpointing_and_the_head_onc
     assert [(r.depth, r.checkpointing) for r in rows] == [(0, False)] + [
         (d, c) for d in range(1, 5) for c in (False, True)
     ]
-    assert all(r.micro_batch == 16 for r in rows), "with room enough the whole batch is fastest"
+    for row in rows:
+        every = [
+            cost(SPEC, DATA, SETTINGS, CALIBRATION, row.depth, row.checkpointing, size) for size in (16, 8, 4, 2, 1)
+        ]
+        fast = [r for r in every if r.step_s <= 1.05 * min(r.step_s for r in every)]
+        assert row == min(fast, key=lambda r: r.peak_bytes), "with room enough the smallest of the fast ones"
 
 
 def test_smaller_micro_batches_come_before_gradient_checkpointing() -> None:
-    """Walking the memory down at full depth: whole batches, then smaller ones, and only then checkpointing."""
+    """Walking the memory down at full depth: large pieces, then smaller ones, and only then checkpointing."""
     settings = dataclasses.replace(SETTINGS, batch_size=64)
     data = dataclasses.replace(DATA, longest=512, mean_length=100.0)
+    slow = dataclasses.replace(CALIBRATION, forward_fixed_s=1e-3, train_fixed_s=3e-3)  # so that pieces cost time
     seen: list[tuple[bool, int]] = []
     for memory in range(2000, 100, -4):
         budget = Budget(memory * MIB)
         try:
-            chosen = choose(
-                [r for r in cost_table(SPEC, data, settings, CALIBRATION, budget) if r.depth == 4], budget, 1
-            )
+            chosen = choose([r for r in cost_table(SPEC, data, settings, slow, budget) if r.depth == 4], budget, 1)
         except DoesNotFit:
             break
         if (chosen.checkpointing, chosen.micro_batch) not in seen:
             seen.append((chosen.checkpointing, chosen.micro_batch))
-    assert seen[0] == (False, 64)
     without = [size for checkpointing, size in seen if not checkpointing]
-    assert without == [64, 32, 16, 8, 4, 2, 1], "every micro-batch is tried"
+    assert without == sorted(without, reverse=True) and without[-1] == 1 and len(without) >= 3, (
+        "pieces get smaller first"
+    )
     assert [checkpointing for checkpointing, _ in seen] == sorted(checkpointing for checkpointing, _ in seen)
 
 

@@ -35,6 +35,20 @@ def test_ctrl_c_while_modules_load_is_one_plain_line(module: str, late: str) -> 
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
+def test_ctrl_c_that_a_library_turns_into_an_import_error_of_its_own_is_no_traceback(tmp_path: Path) -> None:
+    """As numpy and onnxruntime do, whose modules in C were loading others when it came."""
+    (tmp_path / "library.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n"
+        "    raise ImportError('its core failed to import') from None\n"
+    )
+    (tmp_path / "program.py").write_text("def main():\n    import library\n")
+    for program, expected in (("program", (130, "", "stopped\n")), ("missing", (1, "", "ModuleNotFoundError"))):
+        code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from edge_runtime.start import start; sys.exit(start({program!r}))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == expected[:2]
+        assert expected[2] in done.stderr and (expected[0] == 1 or done.stderr == expected[2])
+
+
 def test_what_is_installed_starts_there_and_has_loaded_nothing_before() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")

@@ -199,6 +199,24 @@ def test_a_training_process_that_is_killed_twice_and_cannot_be_smaller_is_given_
         assert is_there(world)
 
 
+@pytest.mark.parametrize("rounds", [2, 1])
+def test_a_training_whose_round_has_failed_is_stopped(tmp_path: Path, model: Path, home: Path, rounds: int) -> None:
+    """The model stays, so that only the next round, or the end of the run, tells the device."""
+    world = World(tmp_path / "f", model, devices=1, rounds=rounds)
+    with running(Device(world.broker, tmp_path / "d", home)) as device:
+        until(lambda: device.kinds("training"), world, device)
+        world.now += world.fleet.config.run.report_timeout_s + 1
+        until(lambda: device.kinds("abandoned") or device.kinds("trained"), world, device)
+        assert world.kinds("round-failed")
+        assert not device.kinds("trained"), "it would be late"
+        assert device.kinds("abandoned")[0]["round"] == 1
+        if rounds == 2:
+            until(lambda: device.kinds("trained"), world, device)
+            assert [e["round"] for e in device.kinds("trained")] == [2]
+        assert is_there(world)
+    assert training_processes() == []
+
+
 # the network
 
 

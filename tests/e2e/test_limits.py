@@ -72,7 +72,7 @@ def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 def least_bytes(data: Path, depth: int) -> int:
     """What the planner says a depth needs with the smallest pieces."""
     table = json.loads(
-        run(None, "plan", "minilm-l3", "--data", str(data), "--memory", "1", "--threads", "1", "--json").stdout
+        run(None, "plan", "minilm-l3", "--data", str(data), "--memory", "1B", "--threads", "1", "--json").stdout
     )
     return min(row["peak_bytes"] for row in table["rows"] if row["depth"] == depth)
 

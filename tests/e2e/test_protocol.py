@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_coordinator.cli import main
 from edge_coordinator.fleet import Fleet as FleetFolder
 from edge_coordinator.models import Models
-from edge_runtime.errors import UsageError
+from edge_coordinator.server import MAX_NEWS
+from edge_runtime.errors import ModelError, StoreError, UsageError
 from edge_runtime.topics import Topics
 from edge_runtime.transport import Message
 from edge_runtime.wire import BlobRange, Need, Status, encode, encode_chunk
@@ -295,6 +297,97 @@ def test_a_device_that_changes_its_mind_for_ever_fills_no_log(tmp_path: Path, mo
     world.step(times=3)
     assert len(world.kinds("joined")) + len(world.kinds("unable")) <= 4
     assert len(world.kinds("status")) <= 4
+
+
+def test_a_device_whose_state_changes_for_ever_fills_neither_log_nor_ledger_and_its_last_word_is_kept(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path / "f", model, devices=3)
+    flapping, written = FakeDevice(world, "device-1"), 0
+    seen = world.fleet.ledger.seen
+
+    def counted(*values: object) -> None:
+        nonlocal written
+        written += 1
+        seen(*values)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(world.fleet.ledger, "seen", counted)
+    for i in range(200):
+        flapping.send("st", Status("online" if i % 2 else "leaving", "test", i))
+        world.step(times=1)
+    assert len(world.kinds("status")) <= 4 + MAX_NEWS and written <= 4 + MAX_NEWS
+    monkeypatch.setattr("edge_coordinator.server.STATUS_EVENT_S", 0.0)
+    world.step(times=1)
+    assert world.kinds("status")[-1]["model_version"] == 199
+    assert world.fleet.ledger.devices()[1]["model_version"] == 199
+
+
+def test_a_status_that_a_full_disk_did_not_take_is_noted_later(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path / "f", model)
+
+    def full(*_: object) -> None:
+        raise StoreError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.fleet.ledger, "seen", full)
+        FakeDevice(world, "device-1")
+        world.step(times=20)
+        assert 1 <= len(world.kinds("storage-error")) <= 2, "not at every turn"
+    world.server.peers.get("device-1").told_at = 0.0
+    world.step(times=1)
+    assert world.fleet.ledger.devices()[1]["state"] == "online"
+
+
+# a store that is damaged
+
+
+def damage(path: Path, how: str) -> None:
+    """A file of the store is gone or cut short."""
+    if how == "is missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("how", ["is missing", "has"])
+def test_a_tensor_that_is_missing_or_cut_short_is_said_at_the_start_and_on_export(
+    how: str, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = World(tmp_path / "f", model)
+    run_two(world)
+    manifest = world.server.run.manifest
+    head, store = manifest.tensors[-1].blob, world.server.models.store
+    damage(store.path(head), how)
+    with pytest.raises(StoreError, match=f"model 2 is not whole: .*{head.hex()} {how}.*backup"):
+        world.start()
+    fleet, out = ["models", "--fleet", str(world.folder), "--export"], tmp_path / "out"
+    assert main([*fleet, "2", "--out", str(out)]) == 10
+    assert head.hex() in capsys.readouterr().err
+    assert not out.exists(), "no folder is left where nothing was written"
+    assert main([*fleet, "1", "--out", str(out)]) == 0, "an older version is whole"
+
+
+@pytest.mark.parametrize("how", ["is missing", "cannot be read"])
+def test_a_manifest_that_is_missing_or_damaged_is_not_called_one_that_is_no_longer_kept(
+    how: str, tmp_path: Path, model: Path
+) -> None:
+    world = World(tmp_path / "f", model)
+    run_two(world)
+    damage(world.server.models.store.path(world.server.run.manifest_blob), how)
+    with pytest.raises(StoreError, match=f"model 2 is not whole: its manifest .* {how}"):
+        world.start()
+    with pytest.raises(StoreError, match="model 2 is not whole: its manifest"):
+        world.server.models.export_folder(2, tmp_path / "out")
+
+
+def test_a_version_whose_tensors_are_no_longer_kept_is_said_to_be_so(tmp_path: Path, model: Path) -> None:
+    world = World(tmp_path / "f", model, rounds=5)
+    world.step(*(FakeDevice(world, name, table=rows(0)) for name in world.names), times=200)
+    assert finished(world)
+    with pytest.raises(ModelError, match="of model 2 are no longer kept"):
+        world.server.models.export_folder(2, tmp_path / "out")
 
 
 def test_a_run_with_another_name_says_that_it_sets_the_open_round_aside(tmp_path: Path, model: Path) -> None:

@@ -95,13 +95,19 @@ def test_every_folder_with_sources_is_a_package(roots: dict[str, Path]) -> None:
 
 def test_every_root_package_is_marked_as_typed(config: configparser.ConfigParser, roots: dict[str, Path]) -> None:
     assert all((folder / "py.typed").read_bytes() == b"" for folder in roots.values())
-    assert dict(config["options.package_data"]) == dict.fromkeys(roots, "py.typed")
+    listed = {name: [p.strip() for p in files.split(",")] for name, files in config["options.package_data"].items()}
+    assert all(files[0] == "py.typed" for files in listed.values())
+    assert {name: files[1:] for name, files in listed.items() if files[1:]} == {"edge_models": ["graphs/*.graphs"]}
+    assert listed.keys() == roots.keys()
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel: zipfile.ZipFile, roots: dict[str, Path]) -> None:
     expected = {f"{name}/py.typed" for name in roots}
     for package, folder in packages_in(roots):
         expected |= {f"{package.replace('.', '/')}/{source.name}" for source in folder.glob("*.py")}
+    graphs = list((roots["edge_models"] / "graphs").glob("*.graphs"))
+    assert len(graphs) >= 7
+    expected |= {f"edge_models/graphs/{path.name}" for path in graphs}
     found = {n for n in wheel.namelist() if ".dist-info/" not in n}
     assert found == expected
 

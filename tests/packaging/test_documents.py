@@ -192,7 +192,7 @@ def test_wire_gives_the_limits_of_the_code() -> None:
 
     document = text(ROOT / "docs" / "wire.md")
     assert (wire.PROTOCOL, wire.MAX_CONTROL_BYTES, wire.MAX_CHUNK_BYTES) == (1, 16 << 10, 256 << 10)
-    assert wire.MAX_JOIN_BYTES == 64 << 10
+    assert wire.MAX_JOIN_BYTES == 128 << 10
     assert (CREDIT_BYTES, CREDIT_CHUNKS, FIRST_CHUNK_BYTES) == (4 << 20, 16, 64 << 10)
     assert (wire.MAX_MANIFEST_BYTES, MAX_TENSOR_BYTES) == (512 << 10, 8 << 30)
     assert (MAX_MEMBERS, MAX_EXAMPLES, MAX_DELTA) == (2000, 1 << 20, 8.0)
@@ -201,7 +201,7 @@ def test_wire_gives_the_limits_of_the_code() -> None:
         f"{MAX_MESSAGE_BYTES:,} bytes",
         "at most 16 chunks and 4 MiB",
         "512 KiB, 64 MiB, 8 GiB",
-        "16 KiB; `join` 64 KiB",
+        "16 KiB; `join` 128 KiB",
         "| 2000 |",
         "| 2^20 |",
     ):

@@ -97,7 +97,7 @@ def test_rows_are_chosen_by_a_part_of_their_name() -> None:
     names = [entry.name for entry in bench_training.ENTRIES]
     assert bench.chosen_names(names, None) == names
     assert bench.chosen_names(names, "PEFT,full") == [n for n in names if "PEFT" in n or "full" in n]
-    with pytest.raises(UsageError, match="no row has 'jax' in its name; there are: ours, torch, last 2;"):
+    with pytest.raises(UsageError, match="no row has 'jax' in its name; there are: ours, onnx, last 2;"):
         bench.chosen_names(names, "PEFT,jax")
 
 

@@ -1,0 +1,247 @@
+"""`tools/bench plan`: what the planner promises beside what happens, for random configurations in fresh processes.
+
+Each row plans one candidate with `edge_runtime.local` (its own calibration, as a user has it) and trains a few steps of it
+on texts of mixed lengths; peak is the training process's VmHWM. With --limits each also runs in a memory cgroup of the
+promise plus 5 %, where one can be made. Models: MiniLM-L6 and L3, and random weights of widths 128 and 768.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_models import bert, hub
+from edge_runtime import local
+from edge_runtime.console import note, print_json, run_main, table
+from edge_runtime.cost import cost, micro_batches
+from edge_runtime.engine import EngineOptions
+from edge_runtime.errors import EdgeError, TrainingFailed
+from edge_runtime.planner import make_plan, mib
+from edge_runtime.records import Budget, TrainSettings
+from edge_runtime.source import save_folder
+from edge_runtime.weights import MappedTensor
+from tools import datasets
+from tools.bench_common import bench_parser
+
+CONFIGURATIONS, QUICK = 60, 8
+STEPS = 8
+RANDOM_SHAPES = {"random d=128": (128, 2, 4), "random d=768": (768, 12, 3)}  # width, heads, blocks
+LIMIT = 1.05  # of the promise, in bytes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run it."""
+    parser = bench_parser("plan", __doc__ or "")
+    parser.add_argument("--configurations", type=int, help=f"how many ({CONFIGURATIONS}, quick {QUICK})")
+    args = parser.parse_args(arguments)
+    return run_main(lambda: measure(args))
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Measure all configurations and print them."""
+    choose = random.Random(args.seed)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="edge-bench-plan.") as folder:
+        scratch = Path(folder)
+        models = {name: make_model(scratch, name, *shape) for name, shape in RANDOM_SHAPES.items()}
+        models |= {alias: str(hub.resolve(alias, note)) for alias in ("minilm-l6", "minilm-l3")}
+        texts = sample_texts(choose)
+        count = args.configurations or (QUICK if args.quick else CONFIGURATIONS)
+        for number in range(count):
+            row = configuration(choose, sorted(models))
+            try:
+                rows.append(row | run_row(row, models[row["model"]], texts, scratch, args.threads, choose))
+            except TrainingFailed as error:
+                rows.append(row | {"killed": True, "reason": str(error)})
+            except EdgeError as error:
+                note(f"left out: {row}: {error}")
+                continue
+            last = rows[-1]
+            note(f"{number + 1} of {count}: {last['name']}: " + (last.get("reason") or describe(last)))
+    record = summary(rows)
+    if args.json:
+        Path(args.json).write_text(json.dumps(record, indent=1))
+    print_rows(record)
+    return 0
+
+
+def configuration(choose: random.Random, models: list[str]) -> dict[str, Any]:
+    """A random candidate, without its depth and micro-batch, which the model bounds."""
+    backend = choose.choice(["onnx", "onnx", "onnx", "torch"])
+    row = {
+        "model": choose.choice(models),
+        "backend": backend,
+        "batch_size": choose.choice([8, 16]),
+        "max_length": choose.choice([32, 64, 128]),
+        "optimizer": choose.choice(["adamw", "adamw", "adamw8bit", "sgd"]),
+        "lora_rank": choose.choice([0, 0, 4, 16]) if backend == "onnx" else 0,
+        "precision": choose.choice(["float32", "float32", "int8"]) if backend == "onnx" else "float32",
+        "cached": backend == "onnx" and choose.random() < 0.3,
+        "share": choose.random(),
+        "checkpointing": choose.random() < 0.4,
+        "micro": choose.random(),
+    }
+    return row | {"name": f"{row['model']} {backend}"}
+
+
+def run_row(
+    row: dict[str, Any], model: str, texts: list[tuple[str, str]], scratch: Path, threads: int, choose: random.Random
+) -> dict[str, Any]:
+    """Plan one candidate, train it under its promise plus 5 %, and give both sides."""
+    epochs = 2 if row["cached"] else 1
+    settings = TrainSettings(
+        epochs=epochs, batch_size=row["batch_size"], optimizer=row["optimizer"], lora_rank=row["lora_rank"], seed=1
+    )
+    data = scratch / "data.jsonl"
+    picked = choose.sample(texts, row["batch_size"] * STEPS)
+    data.write_text("".join(json.dumps({"text": t, "label": n}) + "\n" for t, n in picked))
+    device = local.Device.measure(threads, speed=False)
+    engine = EngineOptions(row["backend"], row["precision"], row["cached"])
+    planned = local.plan(
+        model,
+        data,
+        memory="64GB",
+        settings=settings,
+        device=device,
+        engine=engine,
+        max_length=row["max_length"],
+        new_head=True,
+    )
+    blocks = planned.source.spec.num_blocks
+    depth = min(blocks, int(row["share"] * (blocks + 1)))
+    sizes = micro_batches(row["batch_size"])
+    micro = sizes[int(row["micro"] * len(sizes))]
+    chosen = cost(
+        planned.source.spec,
+        planned.prepared.data,
+        settings,
+        planned.calibration,
+        depth,
+        row["checkpointing"] and depth > 0,
+        micro,
+        row["cached"],
+    )
+    limited = dataclasses.replace(
+        planned,
+        rows=(chosen,),
+        why_not=("",),
+        chosen=make_plan(chosen, planned.prepared.data, settings),
+        budget=Budget(int(chosen.peak_bytes * LIMIT)),
+    )
+    report = local.train(limited, scratch / "out", device=device).report
+    steps = max(1, report.steps - 1)
+    return {
+        "depth": depth,
+        "micro_batch": chosen.micro_batch,
+        "checkpointing": chosen.checkpointing,
+        "name": f"{row['model']} {row['backend']} depth {depth} micro {chosen.micro_batch}"
+        + (" checkpointed" if chosen.checkpointing else "")
+        + (f" rank {row['lora_rank']}" if row["lora_rank"] and depth else "")
+        + (f" {row['precision']}" if row["precision"] != "float32" else "")
+        + (" cached" if row["cached"] else "")
+        + f" {row['optimizer']} {row['batch_size']} x {row['max_length']}",
+        "promised_peak_bytes": chosen.peak_bytes,
+        "peak_rss_bytes": report.peak_bytes,
+        "promised_s": report.promised_s / report.steps,
+        "step_s": report.train_s / report.steps,
+        "cpu_s_per_step": report.cpu_s / report.steps,
+        "steps": steps,
+        "wall_s": report.total_s,
+        "killed": False,
+    }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures that count: signed errors are (promised - measured) / measured."""
+    done = [row for row in rows if not row["killed"]]
+    errors = [row["promised_peak_bytes"] / row["peak_rss_bytes"] - 1 for row in done]
+    seconds = [row["promised_s"] / row["step_s"] - 1 for row in done]
+    return {
+        "n": len(rows),
+        "median_abs_error": statistics.median(abs(e) for e in errors) if errors else None,
+        "worst_under": -min([0.0, *errors]),
+        "worst_over": max([0.0, *errors]),
+        "median_abs_seconds_error": statistics.median(abs(e) for e in seconds) if seconds else None,
+        "seconds_within_20_percent": sum(abs(e) <= 0.2 for e in seconds) / max(1, len(seconds)),
+        "killed": sum(row["killed"] for row in rows),
+        "rows": rows,
+    }
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One row in words."""
+    return (
+        f"{mib(row['promised_peak_bytes'])} promised, {mib(row['peak_rss_bytes'])} measured; "
+        f"{row['promised_s']:.3f} s a step promised, {row['step_s']:.3f} s measured"
+    )
+
+
+def print_rows(record: dict[str, Any]) -> None:
+    """The table and the figures."""
+    cells = [
+        [
+            row["name"],
+            mib(row["promised_peak_bytes"]),
+            mib(row["peak_rss_bytes"]),
+            f"{100 * (row['promised_peak_bytes'] / row['peak_rss_bytes'] - 1):+.1f} %",
+            f"{row['promised_s']:.3f}",
+            f"{row['step_s']:.3f}",
+        ]
+        for row in record["rows"]
+        if not row["killed"]
+    ]
+    print(table(("configuration", "promised", "measured", "error", "s promised", "s measured"), cells))
+    print_json({key: value for key, value in record.items() if key != "rows"})
+
+
+def sample_texts(choose: random.Random) -> list[tuple[str, str]]:
+    """Real questions, joined to texts of many lengths, with their labels."""
+    rows = [(row.text, row.label) for row in datasets.load("trec", note).train][:2000]
+    return [
+        (" ".join([text, *(choose.choice(rows)[0] for _ in range(choose.randint(0, 14)))]), label)
+        for text, label in rows
+    ]
+
+
+def make_model(scratch: Path, name: str, width: int, heads: int, blocks: int) -> str:
+    """A checkpoint folder with random weights of this shape."""
+    base = Path(hub.resolve("minilm-l3", note))
+    config: dict[str, int | float | str] = {
+        "model_type": "bert",
+        "hidden_size": width,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "vocab_size": 30522,
+        "max_position_embeddings": 512,
+        "type_vocab_size": 2,
+        "layer_norm_eps": 1e-12,
+        "hidden_act": "gelu",
+    }
+    spec = bert.describe(config, ("a", "b"), 128)
+    draw = np.random.default_rng(0)
+    raw = scratch / f"{width}.f32"
+    weights, offset = {}, 0
+    with raw.open("wb") as file:
+        for tensor in spec.tensors:
+            ones = tensor.name.endswith("LayerNorm.weight")
+            array = np.ones(tensor.shape) if ones else 0.02 * draw.standard_normal(tensor.shape)
+            file.write(array.astype("<f4").tobytes())
+            weights[tensor.name] = MappedTensor(str(raw), offset, tensor.shape)
+            offset += tensor.num_bytes
+    out = scratch / name.replace(" ", "-").replace("=", "")
+    save_folder(out, spec, weights, base / "tokenizer.json")
+    return str(out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
