@@ -17,26 +17,11 @@ from edge_runtime.errors import StoreError, WireError
 from edge_runtime.model import ModelSpec
 from edge_runtime.source import Source
 from edge_runtime.store import read_json, write_json
-from edge_runtime.training.process import run_worker
+from edge_runtime.training.process import model_job, run_worker
 from edge_runtime.wire import from_plain
 
 LENGTH_STEP = 8
 LAW_VERSION = 4  # one more when the probe or the law changes, so that older measurements are not used
-
-
-def worker_job(job: str, source: Source) -> dict[str, object]:
-    """The fields of a worker job that describe a model."""
-    spec = source.spec
-    return {
-        "job": job,
-        "family": spec.family,
-        "config": dict(spec.config),
-        "labels": list(spec.labels),
-        "max_length": spec.max_length,
-        "weights": {
-            t.name: (w.path, w.offset, w.shape, w.dtype) for t in spec.tensors for w in (source.weights[t.name],)
-        },
-    }
 
 
 def calibrate(
@@ -61,7 +46,7 @@ def calibrate(
             return calibration
     except (StoreError, WireError, KeyError, TypeError):
         pass  # a damaged file is measured again
-    job = {**worker_job("probe", source), **engine.job(cache), **choices}
+    job = {**model_job("probe", source.spec, source.weights), **engine.job(cache), **choices}
     result = run_worker(job, threads=threads, limit_bytes=limit_bytes)
     write_json(file, result)
     fresh: Calibration = from_plain(Calibration, result["calibration"], "calibration")

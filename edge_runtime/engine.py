@@ -14,7 +14,8 @@ from pathlib import Path
 
 from edge_runtime.cost import GRAPH_BACKEND
 from edge_runtime.errors import MissingExtra, UsageError
-from edge_runtime.graphs.find import find_graphs
+from edge_runtime.graphs.bundle import BIAS_GRAPH
+from edge_runtime.graphs.find import find_graphs, read_graphs
 from edge_runtime.source import Source
 
 BACKENDS = ("auto", GRAPH_BACKEND, "torch")
@@ -81,13 +82,15 @@ def find_engine(
     Raises:
         UsageError: the options ask for what the only possible backend cannot do.
         MissingExtra: neither a graph set nor torch is here.
+        ModelError, WireError: the shipped graph set cannot be read.
     """
     check_options(options)
     graphs = None
     if options.backend != "torch":
         graphs = shipped or find_graphs(source.spec, source.weights, cache, progress=progress)
     if graphs is not None:
-        return Engine(GRAPH_BACKEND, graphs, rank, options.precision, options.cache_prefix)
+        cached = options.cache_prefix and BIAS_GRAPH in read_graphs(graphs).graphs  # features alone lack the bias
+        return Engine(GRAPH_BACKEND, graphs, rank, options.precision, cached)
     wants = [
         name for name, asked in (("--lora-rank", rank), ("--precision int8", options.precision != "float32")) if asked
     ]

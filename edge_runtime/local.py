@@ -16,7 +16,7 @@ from pathlib import Path
 
 from edge_runtime import hardware
 from edge_runtime.budget import memory_budget, parse_bytes, parse_seconds
-from edge_runtime.calibration import calibrate, worker_job
+from edge_runtime.calibration import calibrate
 from edge_runtime.cost import Calibration, DataShape
 from edge_runtime.engine import Engine, EngineOptions, check_options, find_engine, torch_version
 from edge_runtime.errors import DataError, DoesNotFit, UsageError
@@ -34,7 +34,7 @@ from edge_runtime.source import (
     save_folder,
 )
 from edge_runtime.store import cache_folder, make_folder, read_json
-from edge_runtime.training.process import Worker, run_worker, wait_for
+from edge_runtime.training.process import Worker, model_job, run_worker, wait_for
 from edge_runtime.wire import from_plain, to_plain
 
 
@@ -227,7 +227,7 @@ def train(
     try:
         update = scratch / "update.f32"
         job = (
-            worker_job("train", planned.source)
+            model_job("train", planned.source.spec, planned.source.weights)
             | planned.engine.job(cache_folder())
             | {
                 "plan": to_plain(chosen),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edge_runtime import hardware
 from edge_runtime.budget import memory_budget
-from edge_runtime.calibration import calibrate, worker_job
+from edge_runtime.calibration import calibrate
 from edge_runtime.cost import Calibration, DataShape, cost
 from edge_runtime.engine import Engine, EngineOptions, check_options, find_engine
 from edge_runtime.local import DataOptions, prepare
@@ -23,6 +23,7 @@ from edge_runtime.planner import cost_table
 from edge_runtime.records import Budget, CostRow, DeviceProfile, Plan, TrainSettings
 from edge_runtime.source import Checkpoint, Source
 from edge_runtime.store import BlobStore
+from edge_runtime.training.process import model_job
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Session:
         """What a training job needs besides its plan: the model's files, the tokenised data, the backend."""
         made = self._prepare(manifest, store, settings)
         return {
-            **worker_job("train", _source(manifest, store)),
+            **model_job("train", manifest.spec, manifest.mapped(store)),
             **made.engine.job(self._cache),
             "corpus": str(made.corpus),
             "test_corpus": None,

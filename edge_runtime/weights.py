@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,17 @@ class MappedTensor:
             return np.zeros(self.shape, np.float32)
         array = np.memmap(self.path, dtype=STORED[self.dtype], mode="c", offset=self.offset, shape=self.shape)
         return _as_float32(array, self.dtype)
+
+    def pieces(self, size: int = 1 << 18) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
+        """All values as little-endian float32, flat, `size` at a time; raises ModelError if they cannot be read."""
+        count, item = math.prod(self.shape), ITEM_BYTES[self.dtype]
+        for start in range(0, count, size):
+            piece = MappedTensor(self.path, self.offset + start * item, (min(size, count - start),), self.dtype)
+            try:
+                values = piece.array().astype("<f4", copy=False)
+            except (OSError, ValueError) as error:
+                raise ModelError(f"cannot read the weights in {self.path}: {error}") from None
+            yield values
 
     def rows(self, numbers: Sequence[int]) -> np.ndarray[Any, np.dtype[Any]]:
         """Some rows of a matrix as float32 (len(numbers), columns), read and not mapped: no page stays resident."""

@@ -404,18 +404,16 @@ class Ticker:
 def tagged(tag: str) -> list[int]:
     """Processes that have "NAME=VALUE" in their environment: those that we started and all that these started.
 
-    Unlike the tree of parents, this loses none whose parent has ended.
+    Unlike the tree of parents, this loses none whose parent has ended. A process has no environment for a moment while it
+    is being replaced by another program.
     """
     found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and entry.name not in _OLD:
+        if entry.name.isdecimal():
             with contextlib.suppress(OSError):
                 if tag.encode() in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
     return found
-
-
-_OLD = frozenset(entry.name for entry in Path("/proc").iterdir() if entry.name.isdecimal())  # before anything of ours
 
 
 def end_all(tag: str = RUN_TAG) -> None:

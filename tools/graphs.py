@@ -17,7 +17,7 @@ import numpy as np
 
 import edge_models
 from edge_models import bert
-from edge_runtime.graphs.find import worker_job
+from edge_runtime.graphs.find import derive_job
 from edge_runtime.model import ConfigValue, ModelSpec
 from edge_runtime.training.process import run_worker
 from edge_runtime.weights import MappedTensor
@@ -66,7 +66,7 @@ def derive(shape: tuple[int, int, int, int], folder: Path) -> Path:
     out = folder / bert.graphs_name(hidden, heads, feed_forward, types=bool(types))
     with tempfile.TemporaryDirectory() as scratch:
         spec, weights = example(hidden, heads, feed_forward, types, Path(scratch) / "weights.f32")
-        run_worker(worker_job(spec, weights, out))
+        run_worker(derive_job(spec, weights, out))
     out.chmod(0o644)
     return out
 

@@ -20,7 +20,7 @@ from edge_runtime.graphs.bundle import FORMAT, MAX_FILE_BYTES, GraphSet, decode_
 from edge_runtime.graphs.match import essential_config
 from edge_runtime.model import ModelSpec, load_family
 from edge_runtime.store import atomic_writer
-from edge_runtime.training.process import run_worker
+from edge_runtime.training.process import model_job, run_worker
 from edge_runtime.weights import MappedTensor
 
 NEEDED = ("torch", "onnx", "onnxscript")  # for deriving
@@ -71,17 +71,9 @@ def read_graphs(path: Path) -> GraphSet:
         raise ModelError(f"cannot read the training graphs in {path}: {error.strerror}") from None
 
 
-def worker_job(spec: ModelSpec, weights: Mapping[str, MappedTensor], graphs: Path) -> dict[str, object]:
+def derive_job(spec: ModelSpec, weights: Mapping[str, MappedTensor], graphs: Path) -> dict[str, object]:
     """The worker's job that derives a model's graphs and writes them to the file `graphs`."""
-    return {
-        "job": "derive",
-        "family": spec.family,
-        "config": dict(spec.config),
-        "labels": list(spec.labels),
-        "max_length": spec.max_length,
-        "weights": {n: (w.path, w.offset, w.shape, w.dtype) for n, w in weights.items()},
-        "graphs": str(graphs.absolute()),
-    }
+    return {**model_job("derive", spec, weights), "graphs": str(graphs.absolute())}
 
 
 def graphs_key(spec: ModelSpec) -> str:
@@ -112,7 +104,7 @@ def _derive(
         return None
     progress("deriving training graphs, once for this kind of model: a minute or two")
     try:
-        run_worker(worker_job(spec, weights, kept))
+        run_worker(derive_job(spec, weights, kept))
     except EdgeError as error:
         reason = f"no training graphs for this model, it trains with torch: {error}"
         progress(reason)

@@ -134,12 +134,8 @@ def _key(tensors: list[TensorSpec], weights: Mapping[str, MappedTensor]) -> str:
     digest = hashlib.sha256(b"int8 %d %d\0" % (FORMAT, LEVELS))
     for tensor in tensors:
         digest.update(json.dumps([tensor.name, tensor.shape]).encode())
-        for start in range(0, tensor.size, CHUNK):
-            try:
-                chunk = _piece(weights[tensor.name], start, (min(CHUNK, tensor.size - start),)).array()
-            except (OSError, ValueError) as error:
-                raise ModelError(f"cannot read the weights of {tensor.name}: {error}") from None
-            digest.update(chunk.astype("<f4", copy=False).data)
+        for piece in weights[tensor.name].pieces():
+            digest.update(piece.data)
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from edge_runtime.errors import TrainingFailed
 from edge_runtime.records import Plan
@@ -29,20 +29,25 @@ class Backend(Protocol):
 
     name: str
 
-    def step(self, batch: Batch, features: Array | None = None) -> float:
-        """One optimizer step on a batch, in the plan's micro-batches; -> mean loss.
-
-        `features` (batch, seq, hidden) is the frozen prefix's output where it is known already.
-        """
-
-    def features(self, batch: Batch) -> Array:
-        """The frozen prefix's output, zero at padding."""
+    def step(self, batch: Batch) -> float:
+        """One optimizer step on a batch, in the plan's micro-batches; -> mean loss."""
 
     def correct(self, batch: Batch) -> int:
         """How many examples of a batch the model classifies rightly."""
 
     def deltas(self) -> Iterator[tuple[str, Array]]:
         """Trained tensor minus its start, float32, in the order of the plan's suffix, one at a time."""
+
+
+@runtime_checkable
+class PrefixBackend(Protocol):
+    """A backend that can begin a step behind the frozen prefix."""
+
+    def features(self, batch: Batch) -> Array:
+        """The frozen prefix's output (batch, seq, hidden) float32, zero at padding."""
+
+    def step(self, batch: Batch, features: Array) -> float:
+        """As `Backend.step`, from the prefix's output."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,7 @@ def run(
     start, cpu = time.perf_counter(), time.process_time()
     for epoch in range(settings.epochs):
         batches = corpus.epoch(settings.batch_size, settings.seed + epoch)
-        for batch, features in _with_features(backend, corpus, batches, cache):
-            loss = backend.step(batch, features)
+        for loss in _losses(backend, corpus, batches) if cache is None else _cached(backend, corpus, batches, cache):
             if not math.isfinite(loss):
                 raise TrainingFailed(f"the loss is {loss} after step {len(losses) + 1}: lower the learning rate")
             losses.append(loss)
@@ -89,18 +93,19 @@ def run(
     return LoopResult(len(losses), losses[0], sum(tail) / len(tail), seconds, cpu_s)
 
 
-def _with_features(
-    backend: Backend, corpus: Corpus, batches: Sequence[Sequence[int]], cache: PrefixCache | None
-) -> Iterator[tuple[Batch, Array | None]]:
-    """Batches with the prefix's output from the cache, which reads ahead; what it lacks is computed and kept.
+def _losses(backend: Backend, corpus: Corpus, batches: Sequence[Sequence[int]]) -> Iterator[float]:
+    """A step for each batch."""
+    for indices in batches:
+        yield backend.step(corpus.batch(indices))
+
+
+def _cached(backend: Backend, corpus: Corpus, batches: Sequence[Sequence[int]], cache: PrefixCache) -> Iterator[float]:
+    """A step for each batch from the prefix's output in the cache, which reads ahead; what it lacks is computed and kept.
 
     A batch that is not held whole is computed whole and rounded as the cache rounds, so that the values do not depend
     on what a crash left in the cache.
     """
-    if cache is None:
-        for indices in batches:
-            yield corpus.batch(indices), None
-        return
+    assert isinstance(backend, PrefixBackend), "the planner caches for backends that can use it"
     for held in cache.prefetch(batches):
         batch = corpus.batch(held.indices)
         features: Array = held.hidden
@@ -108,7 +113,7 @@ def _with_features(
             features = backend.features(batch)
             cache.write(held.indices, features, [int(n) for n in batch.mask.sum(axis=1)])
             features = features.astype("float16").astype("float32")
-        yield batch, features
+        yield backend.step(batch, features)
 
 
 def accuracy(backend: Backend, corpus: Corpus, batch_size: int) -> float:

@@ -28,10 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.errors import ModelError, StoreError
+from edge_runtime.errors import StoreError
 from edge_runtime.model import ModelSpec
 from edge_runtime.training.corpus import Corpus
-from edge_runtime.weights import ITEM_BYTES, MappedTensor
+from edge_runtime.weights import MappedTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,6 @@ ITEM, MARK_BYTES = 2, 8
 MAX_BYTES = 2 << 30  # of all caches of a device
 RESERVE_BYTES = 256 << 20  # disk space that is left to everybody else
 USEFUL_SHARE = 0.1  # of the examples; with fewer, looking them up is not worth it
-HASH_ITEMS = 1 << 18  # elements of a tensor in memory while it is hashed
 IN_MEMORY = ("tmpfs", "ramfs", "rootfs", "devtmpfs")
 
 
@@ -88,14 +87,8 @@ def prefix_key(
 def _content_hash(tensor: MappedTensor) -> bytes:
     """SHA-256 of the tensor as little-endian float32, whatever it is stored as."""
     digest = hashlib.sha256()
-    size, item = math.prod(tensor.shape), ITEM_BYTES[tensor.dtype]
-    try:
-        for start in range(0, size, HASH_ITEMS):
-            shape = (min(HASH_ITEMS, size - start),)
-            piece = MappedTensor(tensor.path, tensor.offset + start * item, shape, tensor.dtype)
-            digest.update(piece.array().astype("<f4", copy=False).data)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read the weights in {tensor.path}: {error}") from None
+    for piece in tensor.pieces():
+        digest.update(piece.data)
     return digest.digest()
 
 

@@ -1,6 +1,6 @@
 """Calibration: a few short steps in a fresh process tell what the cost law cannot know of this machine and model.
 
-About three seconds. Runs inside the worker process; the result is remembered by `calibration.py`. Imports a backend only
+A few seconds. Runs inside the worker process; the result is remembered by `calibration.py`. Imports a backend only
 where it is measured.
 """
 

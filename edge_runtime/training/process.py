@@ -23,6 +23,8 @@ from typing import IO, Any
 from edge_runtime import errors
 from edge_runtime.errors import EdgeError, TrainingFailed
 from edge_runtime.hardware import memory_cgroups, process_memory
+from edge_runtime.model import ModelSpec
+from edge_runtime.weights import MappedTensor
 
 POLL_S = 0.05
 # RLIMIT_DATA counts reserved address space: thread stacks and allocator arenas that are never touched come on top.
@@ -34,6 +36,19 @@ HEAP = {
     "onnx": {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
     "torch": {"MALLOC_MMAP_THRESHOLD_": str(256 << 10), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
 }
+
+
+def model_job(job: str, spec: ModelSpec, weights: Mapping[str, MappedTensor]) -> dict[str, Any]:
+    """The fields of a worker's job that describe a model."""
+    places = {t.name: weights[t.name] for t in spec.tensors}
+    return {
+        "job": job,
+        "family": spec.family,
+        "config": dict(spec.config),
+        "labels": list(spec.labels),
+        "max_length": spec.max_length,
+        "weights": {name: (w.path, w.offset, w.shape, w.dtype) for name, w in places.items()},
+    }
 
 
 class Worker:

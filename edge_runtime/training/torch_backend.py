@@ -50,8 +50,7 @@ class TorchBackend:
         head = {t.name for t in spec.suffix(0)}
         self._optimizer = Optimizer(plan.settings, head)
 
-    def step(self, batch: Batch, features: Array | None = None) -> float:
-        """As `loop.Backend`; this backend computes the prefix always."""
+    def step(self, batch: Batch) -> float:
         total = 0.0
         for part in batch.split(self._plan.chosen.micro_batch):
             total += self._accumulate(part, len(batch.labels))
@@ -61,10 +60,6 @@ class TorchBackend:
                 self._optimizer.update(name, parameter.detach().numpy(), parameter.grad.contiguous().numpy())
                 parameter.grad = None
         return total
-
-    def features(self, batch: Batch) -> Array:
-        """Not offered: the planner caches no prefix for this backend."""
-        raise NotImplementedError
 
     def correct(self, batch: Batch) -> int:
         ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)

@@ -119,8 +119,9 @@ def open_cache(job: Job, spec: ModelSpec, plan: Plan, data: Corpus) -> PrefixCac
     root = Path(job["cache"])
     key = prefix_key(spec, weights_of(job), plan.chosen.depth, data.folder.name, plan.chosen.precision)
     last = root / "last-prefix"
-    pays = plan.settings.epochs > 1 or (last.exists() and last.read_text() == key)
+    pays = plan.settings.epochs > 1
     with contextlib.suppress(OSError, StoreError):
+        pays = pays or (last.exists() and last.read_bytes() == key.encode())
         with atomic_writer(last) as file:
             file.write(key.encode())
         evict(root, free_share(root), key)

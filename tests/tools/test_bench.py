@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,9 @@ def test_what_was_started_is_found_by_its_tag_and_ended_even_if_its_parent_is_go
     name, _, value = tag.partition("=")
     environment = {**os.environ, name: value}
     subprocess.run(["sh", "-c", "sleep 60 & sleep 60 &"], env=environment, check=True)  # both lose their parent
+    deadline = time.monotonic() + 10  # what is just being executed has no environment yet
+    while len(bench.tagged(tag)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert len(bench.tagged(tag)) == 2
     bench.end_all(tag)
     assert bench.tagged(tag) == []
