@@ -64,6 +64,7 @@ class Training:
     plan: Plan  # the grant's, or a smaller one of the same depth
     worker: Worker
     attempt: int
+    limit_bytes: int
 
 
 class Agent:
@@ -282,12 +283,10 @@ class Agent:
 
     def _start(self, grant: Grant, plan: Plan, limit_bytes: int, attempt: int) -> None:
         assert self.keeper.manifest, "a grant is for the model that is held"
-        job = self.session.job(self.keeper.manifest, self.keeper.store, plan.settings) | {
-            "plan": dataclasses.asdict(plan),
-            "update": str(self.outbox.draft.absolute()),
-        }
+        job = self.session.job(self.keeper.manifest, self.keeper.store, plan)
+        job["update"] = str(self.outbox.draft.absolute())
         worker = Worker(job, limit_bytes=limit_bytes, threads=self.session.threads, nice=NICENESS)
-        self._training = Training(grant, plan, worker, attempt)
+        self._training = Training(grant, plan, worker, attempt, limit_bytes)
         chosen = plan.chosen
         self.emit(
             {
@@ -326,6 +325,9 @@ class Agent:
                 return
             self.emit({"event": "trained", "round": training.grant.round, **dataclasses.asdict(report)})
             self._say("sending", force=True)
+        elif line and "smaller" in line:
+            row = {key: line["smaller"][key] for key in ("checkpointing", "micro_batch", "peak_bytes")}
+            self.emit({"event": "backed-off", "round": training.grant.round, "step": line["step"], **row})
         elif line:
             self.emit({"event": "step", "round": training.grant.round, **line})
             self._say("training", step=line["step"], steps=line["steps"])
@@ -346,6 +348,8 @@ class Agent:
         if error.killed and training.attempt == 1:
             self._start(training.grant, training.plan, self.session.budget().memory_bytes, training.attempt + 1)
             return True
+        if self.keeper.manifest and error.out_of_memory:
+            self.session.killed(self.keeper.manifest, self.keeper.store, training.plan, training.limit_bytes)
         if (error.out_of_memory or error.killed) and training.attempt < MAX_ATTEMPTS and self.keeper.manifest:
             could = self.session.could_do(self.keeper.manifest, self.keeper.store, training.plan.settings)
             smaller_bytes = int(promised * SHRINK)

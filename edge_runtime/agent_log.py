@@ -26,6 +26,10 @@ SENTENCES: Sentences = {
         f"round {e['round']}: trained in {e['train_s']:.1f} s, "
         f"peak {mib(e['peak_bytes'])} ({mib(e['promised_peak_bytes'])} promised), loss {e['last_loss']:.3f}"
     ),
+    "backed-off": lambda e: (
+        f"round {e['round']}: memory gets short: going on in smaller pieces of {e['micro_batch']} texts, "
+        f"at most {mib(e['peak_bytes'])}"
+    ),
     "training-failed": lambda e: f"round {e['round']}: the training failed: {e['reason']}",
     "abandoned": lambda e: f"round {e['round']}: the training was stopped: {e['reason']}",
     "committed": lambda e: (

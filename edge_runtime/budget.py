@@ -8,6 +8,10 @@ from edge_runtime.errors import UsageError
 from edge_runtime.records import DeviceProfile
 
 AGENT_RESERVE_BYTES = 48 << 20  # for the agent beside its training process; a test holds the agent to it
+RESERVE_BYTES, RESERVE_SHARE = (
+    16 << 20,
+    0.03,
+)  # what an automatic budget leaves free, of the memory there may be at most
 STEP_BYTES = 8 << 20  # automatic budgets are rounded down to this, so that small fluctuations do not change the plan
 MAX_BYTES, MAX_SECONDS = 1 << 50, 1e9  # as on the wire
 UNITS = {
@@ -66,7 +70,7 @@ def parse_seconds(text: str) -> float:
 def memory_budget(text: str, profile: DeviceProfile) -> int:
     """What the training process may hold at its peak.
 
-    "auto" is what is free now and below the limit, less the agent's reserve; "N%" is that share of what is available;
+    "auto" is what is available now less a reserve, and below the limit less the agent; "N%" is a share of what is available;
     a size is taken as it is, but never more than is available.
 
     Raises:
@@ -74,7 +78,9 @@ def memory_budget(text: str, profile: DeviceProfile) -> int:
     """
     available = profile.memory_available_bytes
     if text == "auto":
-        room = min(profile.memory_limit_bytes - AGENT_RESERVE_BYTES, available)
+        room = min(profile.memory_limit_bytes - AGENT_RESERVE_BYTES, available) - reserve_bytes(
+            profile.memory_limit_bytes
+        )
         return max(0, room // STEP_BYTES * STEP_BYTES)
     if text.endswith("%"):
         try:
@@ -85,3 +91,8 @@ def memory_budget(text: str, profile: DeviceProfile) -> int:
             raise UsageError(f"{text!r} must be above 0% and at most 100%")
         return int(available * share) // STEP_BYTES * STEP_BYTES
     return min(parse_bytes(text), available)
+
+
+def reserve_bytes(limit_bytes: int) -> int:
+    """What stays free under an automatic budget, for pages of files and for what else the device does."""
+    return max(RESERVE_BYTES, int(RESERVE_SHARE * limit_bytes))

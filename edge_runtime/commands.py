@@ -197,12 +197,15 @@ def _trained_fields(planned: local.Planned, trained: local.Trained) -> list[tupl
         what = f"the last {report.depth} of {planned.source.spec.num_blocks} blocks and the head"
     if report.checkpointing:
         what += ", with gradient checkpointing"
+    what += f", micro-batch {report.micro_batch}, {report.steps} steps"
+    if report.backed_off:
+        what += f" (memory got short: {report.backed_off} times it went on in smaller pieces)"
     accuracy = "not measured: nothing was held out"
     if report.accuracy is not None:
         accuracy = f"{100 * report.accuracy:.1f} % of the held-out examples"
     return [
         ("backend", report.backend),
-        ("trained", f"{what}, micro-batch {report.micro_batch}, {report.steps} steps"),
+        ("trained", what),
         (
             "peak memory",
             f"{mib(report.peak_bytes)} measured (VmHWM), {mib(report.promised_peak_bytes)} promised, "

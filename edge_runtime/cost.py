@@ -20,7 +20,7 @@ HEAP_BYTES = 12 << 20  # and this: holes in the heap, which come and go with the
 PIECES_BYTES = 8 << 20  # more of them where a batch is cut into pieces of different sizes
 ROUND_BYTES = 1 << 20
 GRAPH_BACKEND = "onnx"
-GRAPH_MARGIN, GRAPH_HEAP_BYTES = 1.02, 8 << 20  # the same for the graph backend, whose working memory is measured
+GRAPH_MARGIN, GRAPH_HEAP_BYTES = 1.02, 10 << 20  # the same for the graph backend, whose working memory is measured
 CACHE_BUFFERS = 4  # batches of features in memory while the cache is read ahead
 
 
@@ -64,6 +64,7 @@ class Calibration:
     block_peaks: Annotated[tuple[Point, ...], Range(0, 16)] = ()  # one or two blocks, as `probed_depth` says
     probed_depth: Annotated[int, Range(0, 2)] = 0
     saved_per_token_bytes: Bytes = 0  # for each further trained block, without checkpointing
+    correction: Annotated[float, Range(1, 16)] = 1.0  # of every promised peak, after a process was killed at its limit
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ def cost(
     else:
         law = law_bytes(spec, depth, checkpointing, micro_batch * data.longest, pieces, settings.optimizer)
         peak = (c.runtime_bytes + law) * MARGIN + HEAP_BYTES + (PIECES_BYTES if pieces > 1 else 0)
+    peak *= c.correction
     tokens = batch * min(data.mean_length * PADDING, data.longest)
 
     def seconds(fixed_s: float, per_token_s: float) -> float:

@@ -96,11 +96,27 @@ def memory_cgroups(root: Path = Path("/")) -> list[tuple[Path, int]]:
     return found
 
 
-def cgroup_memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
-    """-> (the lowest memory limit of this process's cgroups, what is left below the tightest), in bytes, or None."""
+def room(*, skip_own: bool) -> tuple[int, int]:
+    """-> (the most that there may be, what is left of it now) for this process, in bytes.
+
+    Without its own cgroup if that is set up for it alone. Reads a few small files, for asking often.
+    """
+    import psutil
+
+    memory = psutil.virtual_memory()
+    limit, left = cgroup_memory(skip=1 if skip_own else 0)
+    most = memory.total if limit is None else min(limit, memory.total)
+    return most, memory.available if left is None else min(left, memory.available)
+
+
+def cgroup_memory(root: Path = Path("/"), skip: int = 0) -> tuple[int | None, int | None]:
+    """-> (the lowest memory limit of this process's cgroups, what is left below the tightest), in bytes, or None.
+
+    `skip` leaves out that many, the innermost first.
+    """
     limits: list[int] = []
     room: list[int] = []
-    for folder, version in memory_cgroups(root):
+    for folder, version in memory_cgroups(root)[skip:]:
         if version == 1:
             limit, used = _number(folder / "memory.limit_in_bytes"), _number(folder / "memory.usage_in_bytes")
             given_back = _reclaimable(folder / "memory.stat", ("total_inactive_file", "total_active_file"))

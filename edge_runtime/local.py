@@ -7,6 +7,7 @@ No torch in this process: tokenising, calibration and training each run in a wor
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import tempfile
@@ -16,11 +17,11 @@ from pathlib import Path
 
 from edge_runtime import hardware
 from edge_runtime.budget import memory_budget, parse_bytes, parse_seconds
-from edge_runtime.calibration import calibrate
+from edge_runtime.calibration import calibrate, correct
 from edge_runtime.cost import Calibration, DataShape
 from edge_runtime.engine import Engine, EngineOptions, check_options, find_engine, torch_version
-from edge_runtime.errors import DataError, DoesNotFit, UsageError
-from edge_runtime.planner import check_settings, choose, cost_table, make_plan, over_budget
+from edge_runtime.errors import DataError, DoesNotFit, TrainingFailed, UsageError
+from edge_runtime.planner import check_settings, choose, cost_table, make_plan, mib, over_budget, smaller_rows
 from edge_runtime.records import Budget, CostRow, DeviceProfile, Plan, TrainReport, TrainSettings
 from edge_runtime.source import (
     DEFAULT_FAMILY,
@@ -86,6 +87,11 @@ class Planned:
     prepared: Prepared
     engine: Engine
     calibration: Calibration
+    watched: bool = False  # the budget was "auto": training goes on in smaller pieces if memory gets short
+
+    def smaller(self, plan: Plan) -> list[CostRow]:
+        """What a plan can go on as if memory gets short."""
+        return smaller_rows(self.source.spec, self.prepared.data, plan.settings, self.calibration, plan.chosen)
 
 
 def prepare(
@@ -184,7 +190,8 @@ def plan(
         chosen = make_plan(choose(rows, budget, settings.epochs), prepared.data, settings)
     except DoesNotFit as error:
         refusal = str(error)
-    return Planned(tuple(rows), why_not, chosen, refusal, budget, source, prepared, found, calibration)
+    watched = memory == "auto"
+    return Planned(tuple(rows), why_not, chosen, refusal, budget, source, prepared, found, calibration, watched)
 
 
 @dataclass(frozen=True)
@@ -222,6 +229,7 @@ def train(
     base = delta_base(planned.source, out) if delta else None
     device = device or Device.measure(speed=False)
     chosen = _chosen(planned, depth)
+    is_new = not out.exists()
     make_folder(out)
     scratch = Path(tempfile.mkdtemp(dir=out, prefix=".training."))
     try:
@@ -233,17 +241,37 @@ def train(
                 "plan": to_plain(chosen),
                 "corpus": str(planned.prepared.corpus),
                 "test_corpus": str(planned.prepared.test_corpus) if planned.prepared.test_corpus else None,
+                "smaller": to_plain(planned.smaller(chosen)) if planned.watched else [],
                 "threads": device.threads,
                 "update": str(update.absolute()),
             }
         )
         worker = Worker(job, limit_bytes=planned.budget.memory_bytes, threads=device.threads)
-        report: TrainReport = from_plain(TrainReport, wait_for(worker, progress)["report"], "report")
+        try:
+            report: TrainReport = from_plain(TrainReport, wait_for(worker, progress)["report"], "report")
+        except TrainingFailed as error:
+            raise _corrected(error, planned, chosen, device) from None
         weights = add_update(planned.source.spec, planned.source.weights, chosen.chosen.depth, update, scratch)
         save_folder(out, planned.source.spec, weights, planned.source.tokenizer, base)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # only an empty folder can be: nothing came of it
     return Trained(out, report, worker.enforced_by)
+
+
+def _corrected(error: TrainingFailed, planned: Planned, plan: Plan, device: Device) -> TrainingFailed:
+    """The error; if the process was killed at its limit, this machine's calibration now promises more."""
+    if not error.out_of_memory:
+        return error
+    promised, limit = plan.chosen.peak_bytes, planned.budget.memory_bytes
+    what = (planned.source.spec, planned.engine, planned.prepared.data, plan.settings.optimizer)
+    correct(*what, device.threads, cache_folder(), promised_bytes=promised, limit_bytes=limit)
+    return TrainingFailed(
+        f"{error}, though {mib(promised)} were promised: the promises for this model are corrected, run the command again",
+        out_of_memory=True,
+    )
 
 
 def _chosen(planned: Planned, depth: int | None) -> Plan:

@@ -119,6 +119,19 @@ def shrink(plan: Plan, rows: Sequence[CostRow], memory_bytes: int) -> Plan | Non
     return Plan(min(smaller, key=lambda r: r.epoch_s), plan.settings, plan.steps)
 
 
+def smaller_rows(
+    spec: ModelSpec, data: DataShape, settings: TrainSettings, calibration: Calibration, row: CostRow
+) -> list[CostRow]:
+    """The candidates of a row's depth that need less memory, the largest first: what it can go on as if memory gets short."""
+    tried = [
+        cost(spec, data, settings, calibration, row.depth, checkpointing, size, row.cached)
+        for size in micro_batches(min(settings.batch_size, data.num_examples))
+        for checkpointing in ((False, True) if row.depth else (False,))
+    ]
+    useful = [t for t in tried if not any(u.peak_bytes <= t.peak_bytes and u.step_s < t.step_s for u in tried)]
+    return sorted((r for r in useful if r.peak_bytes < row.peak_bytes), key=lambda r: -r.peak_bytes)
+
+
 def mib(num_bytes: int) -> str:
     """Bytes for people: MiB with one digit where it is small."""
     value = num_bytes / 2**20

@@ -132,3 +132,4 @@ class TrainReport:
     rank: int = 0
     precision: str = "float32"
     cached: bool = False
+    backed_off: int = 0  # how often it went on in smaller pieces because memory got short

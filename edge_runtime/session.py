@@ -13,17 +13,18 @@ from pathlib import Path
 
 from edge_runtime import hardware
 from edge_runtime.budget import memory_budget
-from edge_runtime.calibration import calibrate
+from edge_runtime.calibration import calibrate, correct
 from edge_runtime.cost import Calibration, DataShape, cost
 from edge_runtime.engine import Engine, EngineOptions, check_options, find_engine
 from edge_runtime.local import DataOptions, prepare
 from edge_runtime.manifest import Manifest
 from edge_runtime.model import ModelSpec
-from edge_runtime.planner import cost_table
+from edge_runtime.planner import cost_table, smaller_rows
 from edge_runtime.records import Budget, CostRow, DeviceProfile, Plan, TrainSettings
 from edge_runtime.source import Checkpoint, Source
 from edge_runtime.store import BlobStore
 from edge_runtime.training.process import model_job
+from edge_runtime.wire import to_plain
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,13 @@ class Session:
         """The limits now."""
         return Budget(memory_budget(self._memory, self.profile()), self._time_s, self._upload_bytes)
 
-    def job(self, manifest: Manifest, store: BlobStore, settings: TrainSettings) -> dict[str, object]:
-        """What a training job needs besides its plan: the model's files, the tokenised data, the backend."""
-        made = self._prepare(manifest, store, settings)
+    def job(self, manifest: Manifest, store: BlobStore, plan: Plan) -> dict[str, object]:
+        """What a training process needs besides where its update goes: plan, model, tokenised data, backend."""
+        made = self._prepare(manifest, store, plan.settings)
+        rows = smaller_rows(manifest.spec, made.data, plan.settings, made.calibration, plan.chosen)
         return {
+            "plan": to_plain(plan),
+            "smaller": to_plain(rows) if self._memory == "auto" else [],
             **model_job("train", manifest.spec, manifest.mapped(store)),
             **made.engine.job(self._cache),
             "corpus": str(made.corpus),
@@ -107,6 +111,22 @@ class Session:
         budget, cached = self.budget(), made.engine.cached
         rows = cost_table(manifest.spec, made.data, settings, made.calibration, budget, cached)
         return CouldDo(tuple(rows), budget, made.data, manifest.spec, settings, made.calibration, cached)
+
+    def killed(self, manifest: Manifest, store: BlobStore, plan: Plan, limit_bytes: int) -> None:
+        """A process was killed at its limit, above its promise: promise more for this model from now on."""
+        made = self._prepare(manifest, store, plan.settings)
+        better = correct(
+            manifest.spec,
+            made.engine,
+            made.data,
+            plan.settings.optimizer,
+            self.threads,
+            self._cache,
+            promised_bytes=plan.chosen.peak_bytes,
+            limit_bytes=limit_bytes,
+        )
+        if better:
+            self._made = replace(made, calibration=better)
 
     def _prepare(self, manifest: Manifest, store: BlobStore, settings: TrainSettings) -> _Made:
         """Tokenise and calibrate, or remember it: both depend on the model's shape, not on its weights."""

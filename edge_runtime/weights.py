@@ -60,6 +60,13 @@ class MappedTensor:
                 raise ModelError(f"cannot read the weights in {self.path}: {error}") from None
             yield values
 
+    def differences(self, changed: np.ndarray[Any, np.dtype[Any]]) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
+        """Another float32 array of this shape minus this one, flat, a mebibyte at a time."""
+        flat, start = changed.reshape(-1), 0
+        for piece in self.pieces():
+            yield flat[start : start + piece.size] - piece
+            start += piece.size
+
     def rows(self, numbers: Sequence[int]) -> np.ndarray[Any, np.dtype[Any]]:
         """Some rows of a matrix as float32 (len(numbers), columns), read and not mapped: no page stays resident."""
         import numpy as np

@@ -1,8 +1,8 @@
 """`tools/bench plan`: what the planner promises beside what happens, for random configurations in fresh processes.
 
 Each row plans one candidate with `edge_runtime.local` (its own calibration, as a user has it) and trains a few steps of it
-on texts of mixed lengths; peak is the training process's VmHWM. With --limits each also runs in a memory cgroup of the
-promise plus 5 %, where one can be made. Models: MiniLM-L6 and L3, and random weights of widths 128 and 768.
+on texts of mixed lengths, under a limit of the promise plus 5 % (a memory cgroup, where one can be made); peak is the
+training process's VmHWM. Models: MiniLM-L6 and L3, and random weights of widths 128 and 768.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import random
 import statistics
 import sys
@@ -55,6 +56,7 @@ def measure(args: argparse.Namespace) -> int:
         models = {name: make_model(scratch, name, *shape) for name, shape in RANDOM_SHAPES.items()}
         models |= {alias: str(hub.resolve(alias, note)) for alias in ("minilm-l6", "minilm-l3")}
         texts = sample_texts(choose)
+        os.environ["EDGE_CACHE"] = str(scratch / "cache")  # measured anew, and no features of an earlier bench
         count = args.configurations or (QUICK if args.quick else CONFIGURATIONS)
         for number in range(count):
             row = configuration(choose, sorted(models))

@@ -7,7 +7,7 @@ W x + scale * B A x with scale = LORA_ALPHA / rank. Not the training (`graph_bac
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from edge_runtime.records import TrainSettings
 Array = np.ndarray[Any, np.dtype[Any]]
 LORA_ALPHA = 16.0
 A, B = ".lora_a", ".lora_b"
+PIECE = 1 << 18  # values of a delta in memory
 
 
 class LoraAdapters:
@@ -49,10 +50,13 @@ class LoraAdapters:
         """Full names of a block's adapters by their names in the graphs."""
         return self._names[part]
 
-    def delta(self, tensor: TensorSpec) -> Array:
-        """What the adapters add to a tensor; zeros for one that has none."""
+    def delta(self, tensor: TensorSpec) -> Iterator[Array]:
+        """What the adapters add to a tensor, flat, some rows at a time; zeros for one that has none."""
         stem = tensor.name.removesuffix(".weight")
         if stem + A not in self.tensors:
-            return np.zeros(tensor.shape, np.float32)
-        product: Array = self.tensors[stem + B] @ self.tensors[stem + A] * self.scale
-        return product
+            yield np.zeros(tensor.size, np.float32)
+            return
+        rows = max(1, PIECE // tensor.shape[1])
+        for start in range(0, tensor.shape[0], rows):
+            product: Array = self.tensors[stem + B][start : start + rows] @ self.tensors[stem + A]
+            yield (product * self.scale).reshape(-1)

@@ -91,7 +91,7 @@ class GraphBackend:
         self._int8: QuantizedTensors | None = None
         if plan.chosen.precision == "int8" and self._cut:
             self._int8 = QuantizedTensors.open(scratch, spec, weights, range(self._cut))
-        self._optimizer = Optimizer(plan.settings, self._head, set(self._lora.tensors) if self._lora else ())
+        self.optimizer = Optimizer(plan.settings, self._head, set(self._lora.tensors) if self._lora else ())
         self._sums = GradientSums()
         self._pool = Pool()
         self._open_graphs()
@@ -100,7 +100,7 @@ class GraphBackend:
 
     def step(self, batch: Batch, features: Array | None = None) -> float:
         """One optimizer step; `features` (batch, seq, hidden) is the prefix's output where it is known. -> mean loss."""
-        self._optimizer.begin_step()
+        self.optimizer.begin_step()
         pieces = self.prefix(batch, features)
         scale = 1.0 / len(batch.labels)
         if self._chosen.depth == 0:
@@ -124,15 +124,21 @@ class GraphBackend:
         return self._graphs[HEAD_FORWARD].run(feeds)["logits"]
 
     def deltas(self) -> Iterator[tuple[str, Array]]:
-        """Trained tensor minus its start, float32, in the order of the plan's suffix, one at a time."""
+        """Trained tensor minus its start, float32 and flat, in the order of the plan's suffix, a piece at a time."""
         for tensor in self._spec.suffix(self._chosen.depth):
             if tensor.name in self._trained:
-                base = self._weights[tensor.name].array()
-                yield tensor.name, self._trained[tensor.name] - base
-                release_pages(base)
+                for piece in self._weights[tensor.name].differences(self._trained[tensor.name]):
+                    yield tensor.name, piece
             else:
                 assert self._lora is not None, "every other tensor of the suffix is trained"
-                yield tensor.name, self._lora.delta(tensor)
+                for piece in self._lora.delta(tensor):
+                    yield tensor.name, piece
+
+    def arrays(self) -> Iterator[Array]:
+        """Everything that steps change, in a fixed order."""
+        for name, array in self._trained.items():
+            yield array
+            yield from self.optimizer.states(name, array.size)
 
     def prefix(self, batch: Batch, features: Array | None = None, micro_batch: int = 0) -> list[Piece]:
         """The batch in micro-batches with the frozen prefix's output, block after block for all of them."""
@@ -329,7 +335,7 @@ class GraphBackend:
             of_block = set((self._lora.names(part) if self._lora else self._names[part]).values())
             names = [name for name in names if name in of_block]
         for name in names:
-            self._optimizer.update(name, self._trained[name], self._sums.take(name))
+            self.optimizer.update(name, self._trained[name], self._sums.take(name))
 
     # tensors and graphs
 

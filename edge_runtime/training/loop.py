@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from edge_runtime.errors import TrainingFailed
@@ -19,6 +19,7 @@ from edge_runtime.training.corpus import Batch, Corpus
 if TYPE_CHECKING:
     import numpy as np
 
+    from edge_runtime.training.optimizers import Optimizer
     from edge_runtime.training.prefix_cache import PrefixCache
 
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -28,6 +29,7 @@ class Backend(Protocol):
     """Applies a plan to a model and trains it step by step."""
 
     name: str
+    optimizer: Optimizer
 
     def step(self, batch: Batch) -> float:
         """One optimizer step on a batch, in the plan's micro-batches; -> mean loss."""
@@ -36,7 +38,10 @@ class Backend(Protocol):
         """How many examples of a batch the model classifies rightly."""
 
     def deltas(self) -> Iterator[tuple[str, Array]]:
-        """Trained tensor minus its start, float32, in the order of the plan's suffix, one at a time."""
+        """Trained tensor minus its start, float32 and flat, in the order of the plan's suffix, a piece at a time."""
+
+    def arrays(self) -> Iterator[Array]:
+        """Everything that steps change, in a fixed order: trained values and the optimizer's states, to be written to."""
 
 
 @runtime_checkable
@@ -50,15 +55,22 @@ class PrefixBackend(Protocol):
         """As `Backend.step`, from the prefix's output."""
 
 
-@dataclass(frozen=True)
-class LoopResult:
-    """What the steps came to."""
+@dataclass
+class Progress:
+    """How far a training has come, and what it took."""
 
-    steps: int
-    first_loss: float
-    last_loss: float
-    seconds: float
-    cpu_s: float  # of all threads
+    losses: list[float] = field(default_factory=list)  # of each step
+    seconds: float = 0.0  # of the steps
+    cpu_s: float = 0.0  # of all threads
+    start_s: float = 0.0  # from the start of the process to the end of the first step
+    peak_bytes: int = 0  # of earlier images of the process (`backoff.py`)
+    backed_off: int = 0
+
+    @property
+    def last_loss(self) -> float:
+        """Mean over the last tenth of the steps."""
+        tail = self.losses[-max(1, len(self.losses) // 10) :]
+        return sum(tail) / len(tail)
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -70,27 +82,32 @@ def run(
     backend: Backend,
     corpus: Corpus,
     plan: Plan,
+    done: Progress,
     progress: Callable[[int, float], None],
     cache: PrefixCache | None = None,
-) -> LoopResult:
-    """All epochs of a plan; `progress(step, loss)` after each step.
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """The steps of a plan that are not done yet; `progress(step, loss)` after each. -> whether it came to the end.
+
+    `stop()` is asked after each step but the last.
 
     Raises:
         TrainingFailed: the loss is not finite.
     """
     settings = plan.settings
-    losses: list[float] = []
-    start, cpu = time.perf_counter(), time.process_time()
-    for epoch in range(settings.epochs):
-        batches = corpus.epoch(settings.batch_size, settings.seed + epoch)
+    losses, per_epoch = done.losses, steps_per_epoch(len(corpus), settings.batch_size)
+    start, cpu = time.perf_counter() - done.seconds, time.process_time() - done.cpu_s
+    for epoch in range(len(losses) // per_epoch, settings.epochs):
+        batches = corpus.epoch(settings.batch_size, settings.seed + epoch)[len(losses) - epoch * per_epoch :]
         for loss in _losses(backend, corpus, batches) if cache is None else _cached(backend, corpus, batches, cache):
             if not math.isfinite(loss):
                 raise TrainingFailed(f"the loss is {loss} after step {len(losses) + 1}: lower the learning rate")
             losses.append(loss)
+            done.seconds, done.cpu_s = time.perf_counter() - start, time.process_time() - cpu
             progress(len(losses), loss)
-    tail = losses[-max(1, len(losses) // 10) :]
-    seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
-    return LoopResult(len(losses), losses[0], sum(tail) / len(tail), seconds, cpu_s)
+            if len(losses) < per_epoch * settings.epochs and stop():
+                return False
+    return True
 
 
 def _losses(backend: Backend, corpus: Corpus, batches: Sequence[Sequence[int]]) -> Iterator[float]:

@@ -66,7 +66,7 @@ class Optimizer:
         self._settings = settings
         self._rates = dict.fromkeys(head, settings.head_learning_rate)
         self._rates |= dict.fromkeys(adapters, settings.adapter_learning_rate)
-        self._steps = 0
+        self.steps = 0
         self._velocities: dict[str, Array] = {}
         self._moments: dict[str, tuple[Array, Array]] = {}
         self._quantised: dict[str, tuple[QuantisedMoment, QuantisedMoment]] = {}
@@ -74,7 +74,7 @@ class Optimizer:
 
     def begin_step(self) -> None:
         """Count a step: AdamW's bias correction depends on it."""
-        self._steps += 1
+        self.steps += 1
 
     def update(self, name: str, weight: Array, gradient: Array) -> None:
         """Apply one tensor's gradient. Both are C-contiguous float32; the gradient's values are lost.
@@ -84,7 +84,7 @@ class Optimizer:
         """
         import numpy as np
 
-        if self._steps == 0:
+        if self.steps == 0:
             raise ValueError("an update belongs to a step: call begin_step first")
         _check_arrays(name, weight, gradient)
         decays = weight.ndim > 1
@@ -93,31 +93,52 @@ class Optimizer:
         if self._settings.optimizer == "sgd":
             _sgd(weight, gradient, rate)
         elif self._settings.optimizer == "momentum":
-            if name not in self._velocities:
-                self._velocities[name] = page_zeros((weight.size,))
-            _momentum(name, weight, gradient, self._velocities[name], rate)
+            _momentum(name, weight, gradient, self._velocity(name, weight.size), rate)
         else:
             decay = rate * self._settings.weight_decay if decays else 0.0
-            self._adamw(name, weight, gradient, adam_factors(rate, decay, self._steps))
+            self._adamw(name, weight, gradient, adam_factors(rate, decay, self.steps))
+
+    def states(self, name: str, size: int) -> tuple[Array, ...]:
+        """All arrays kept for a tensor of that many values, zeros before its first update. Writing to them sets them."""
+        if self._settings.optimizer == "sgd":
+            return ()
+        if self._settings.optimizer == "momentum":
+            return (self._velocity(name, size),)
+        if self._is_quantised(size):
+            return tuple(
+                array for moment in self._quantised_pair(name, size) for array in (moment.codes, moment.scales)
+            )
+        return self._moment_pair(name, size)
 
     def _adamw(self, name: str, weight: Array, gradient: Array, factors: AdamFactors) -> None:
-
-        if self._settings.optimizer == "adamw8bit" and weight.size >= MIN_QUANTISED:
-            if name not in self._quantised:
-                self._quantised[name] = (
-                    QuantisedMoment(weight.size, signed=True),
-                    QuantisedMoment(weight.size, signed=False),
-                )
+        if self._is_quantised(weight.size):
             if self._buffers is None:
                 self._buffers = Buffers.new()
-            _adamw8bit(name, weight, gradient, self._quantised[name], self._buffers, factors)
+            pair = self._quantised_pair(name, weight.size)
+            _adamw8bit(name, weight, gradient, pair, self._buffers, factors)
             return
-        if name not in self._moments:
-            self._moments[name] = (page_zeros((weight.size,)), page_zeros((weight.size,)))
-        first, second = self._moments[name]
+        first, second = self._moment_pair(name, weight.size)
         _check_size(name, weight, first)
         for part in parts(weight.size):
             _adamw(weight[part], gradient[part], first[part], second[part], factors)
+
+    def _is_quantised(self, size: int) -> bool:
+        return self._settings.optimizer == "adamw8bit" and size >= MIN_QUANTISED
+
+    def _velocity(self, name: str, size: int) -> Array:
+        if name not in self._velocities:
+            self._velocities[name] = page_zeros((size,))
+        return self._velocities[name]
+
+    def _moment_pair(self, name: str, size: int) -> tuple[Array, Array]:
+        if name not in self._moments:
+            self._moments[name] = (page_zeros((size,)), page_zeros((size,)))
+        return self._moments[name]
+
+    def _quantised_pair(self, name: str, size: int) -> tuple[QuantisedMoment, QuantisedMoment]:
+        if name not in self._quantised:
+            self._quantised[name] = (QuantisedMoment(size, signed=True), QuantisedMoment(size, signed=False))
+        return self._quantised[name]
 
 
 class AdamFactors(NamedTuple):

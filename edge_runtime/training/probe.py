@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -78,17 +77,7 @@ def measure_torch(probed: Probed) -> Calibration:
     backend.touch()
     peak = process_memory()["VmHWM"]
     runtime = max(0, peak - law_bytes(spec, 1, False, FEW * length, 1, "sgd"))
-    forward = line([(b.ids.size, median_s(partial(backend.block_forward, b))) for b in (few, many)])
-    train = line([(b.ids.size, median_s(partial(backend.block_train, b))) for b in (few, many)])
-    return Calibration(
-        "torch",
-        runtime,
-        *forward,
-        *train,
-        update_s(probed.optimizer),
-        rest_fixed_s=forward[0],
-        rest_per_token_s=forward[1],
-    )
+    return Calibration("torch", runtime, **seconds(backend, probed, (few, many)))
 
 
 def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibration:
@@ -121,26 +110,33 @@ def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibrati
     head, block = (in_child(lambda d=d: peaks(backend_of(d), d)) for d in (0, depth))  # type: ignore[misc]
     backend = backend_of(depth)
     saved = backend.saved_bytes(probed.batch(1, longest)) // longest
-    few, many = (probed.batch(size, probed.mean) for size in GRAPH_TIMED)
-    times = {
-        what: line([(b.ids.size, median_s(backend.timed(b)[what], 5)) for b in (few, many)])
-        for what in ("forward", "train", "rest")
-    }
     return Calibration(
         GRAPH_BACKEND,
         0,
-        *times["forward"],
-        *times["train"],
-        update_s(probed.optimizer),
+        **seconds(backend, probed, [probed.batch(size, probed.mean) for size in GRAPH_TIMED]),
         rank=probed.rank,
         precision=probed.precision,
-        rest_fixed_s=times["rest"][0],
-        rest_per_token_s=times["rest"][1],
         head_peaks=head,
         block_peaks=block,
         probed_depth=depth,
         saved_per_token_bytes=saved,
     )
+
+
+class Timed(Protocol):
+    """What the seconds of a step are made of, as a backend offers them to be measured."""
+
+    def timed(self, batch: Batch) -> dict[str, Callable[[], object]]: ...
+
+
+def seconds(backend: Timed, probed: Probed, batches: Sequence[Batch]) -> dict[str, Any]:
+    """The seconds of a calibration, from micro-batches of two sizes."""
+    found = {"update_per_parameter_s": update_s(probed.optimizer)}
+    parts = [(batch.ids.size, backend.timed(batch)) for batch in batches]
+    for what in ("forward", "train", "rest"):
+        fixed, per_token = line([(tokens, median_s(part[what])) for tokens, part in parts])
+        found |= {f"{what}_fixed_s": fixed, f"{what}_per_token_s": per_token}
+    return found
 
 
 def in_child(measure: Callable[[], tuple[Point, ...]]) -> tuple[Point, ...]:

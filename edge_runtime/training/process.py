@@ -27,6 +27,7 @@ from edge_runtime.model import ModelSpec
 from edge_runtime.weights import MappedTensor
 
 POLL_S = 0.05
+CGROUP = "edge-train"
 # RLIMIT_DATA counts reserved address space: thread stacks and allocator arenas that are never touched come on top.
 RLIMIT_RESERVE_BYTES = 512 << 20
 
@@ -156,12 +157,17 @@ class Worker:
         code = self._process.wait()
         self._stderr.seek(0)
         tail = self._stderr.read()[-2000:].decode(errors="replace").strip().splitlines()
-        killed_by_limit = self._over_limit or (self._cgroup is not None and _out_of_memory(self._cgroup))
+        for_memory, at_own_limit = _killed_for_memory(self._cgroup) if self._cgroup else (False, False)
         self.close()
-        if killed_by_limit:
+        if self._over_limit or at_own_limit:
             limit = (self.limit_bytes or 0) / 2**20
             return TrainingFailed(
                 f"the training process was killed at its memory limit of {limit:.0f} MiB", out_of_memory=True
+            )
+        if for_memory:
+            return TrainingFailed(
+                "the training process was killed because the device, or the container around it, ran out of memory",
+                killed=True,
             )
         if code < 0:
             return TrainingFailed(f"the training process was killed by signal {-code}", killed=True)
@@ -196,7 +202,8 @@ def wait_for(worker: Worker, progress: Callable[[int, int, float], None]) -> dic
 def _make_cgroup(limit_bytes: int) -> Path | None:
     """A memory cgroup below our own with that limit, or None where that is not allowed."""
     for parent, version in memory_cgroups()[:1]:
-        folder = parent / f"edge-train-{os.getpid()}-{time.monotonic_ns()}"
+        _remove_left_over(parent)
+        folder = parent / f"{CGROUP}-{os.getpid()}-{time.monotonic_ns()}"
         limit_file = "memory.limit_in_bytes" if version == 1 else "memory.max"
         try:
             folder.mkdir()
@@ -212,15 +219,26 @@ def _make_cgroup(limit_bytes: int) -> Path | None:
     return None
 
 
-def _out_of_memory(folder: Path) -> bool:
-    """Whether the kernel has killed something at this cgroup's limit."""
+def _remove_left_over(parent: Path) -> None:
+    """Cgroups of agents that were killed before they could remove them; one that is in use cannot be removed."""
+    for folder in parent.glob(f"{CGROUP}-*-*"):
+        owner = folder.name.split("-")[2]
+        if owner.isdecimal() and not Path("/proc", owner).exists():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _killed_for_memory(folder: Path) -> tuple[bool, bool]:
+    """-> (whether the kernel has killed something in this cgroup for memory, whether at this cgroup's own limit)."""
     for name in ("memory.events", "memory.oom_control"):  # v2, v1
         try:
             counts = dict(line.split() for line in (folder / name).read_text().splitlines())
+            hits = counts["oom"] if "oom" in counts else (folder / "memory.failcnt").read_text()
+            killed = int(counts.get("oom_kill", 0)) > 0
+            return killed, killed and int(hits) > 0
         except (OSError, ValueError):
             continue
-        return int(counts.get("oom_kill", 0)) > 0
-    return False
+    return False, False
 
 
 def _remove_cgroup(folder: Path) -> None:

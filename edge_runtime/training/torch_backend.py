@@ -7,7 +7,7 @@ the device that imports torch; nothing imports it but the worker process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,16 +48,16 @@ class TorchBackend:
         trained = {n: p for n, p in self._model.named_parameters() if n in self._base}  # type: ignore[attr-defined]
         self._trained = {t.name: trained[t.name] for t in spec.suffix(self._depth)}
         head = {t.name for t in spec.suffix(0)}
-        self._optimizer = Optimizer(plan.settings, head)
+        self.optimizer = Optimizer(plan.settings, head)
 
     def step(self, batch: Batch) -> float:
         total = 0.0
         for part in batch.split(self._plan.chosen.micro_batch):
             total += self._accumulate(part, len(batch.labels))
-        self._optimizer.begin_step()
+        self.optimizer.begin_step()
         for name, parameter in self._trained.items():
             if parameter.grad is not None:
-                self._optimizer.update(name, parameter.detach().numpy(), parameter.grad.contiguous().numpy())
+                self.optimizer.update(name, parameter.detach().numpy(), parameter.grad.contiguous().numpy())
                 parameter.grad = None
         return total
 
@@ -72,21 +72,37 @@ class TorchBackend:
 
     def deltas(self) -> Iterator[tuple[str, Array]]:
         for name, parameter in self._trained.items():
-            yield name, parameter.detach().numpy() - self._base[name].array()
+            for piece in self._base[name].differences(parameter.detach().numpy()):
+                yield name, piece
+
+    def arrays(self) -> Iterator[Array]:
+        for name, parameter in self._trained.items():
+            yield parameter.detach().numpy()
+            yield from self.optimizer.states(name, parameter.numel())
 
     # What the probe times: one block on a batch.
 
-    def block_forward(self, batch: Batch) -> None:
-        """The last block without gradients."""
+    def timed(self, batch: Batch) -> dict[str, Callable[[], object]]:
+        """The parts of a step whose seconds the planner adds up, on one micro-batch; gradients are dropped."""
+        ids, mask, labels = (torch.from_numpy(a) for a in (batch.ids, batch.mask, batch.labels))
+        block = self._model.blocks[-1]
         with torch.no_grad():
-            self._model.blocks[-1](*self._model.embed(torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)))
+            hidden, bias = self._model.embed(ids, mask)
 
-    def block_train(self, batch: Batch) -> None:
-        """The last block forward and backward, with the gradient of its input."""
-        with torch.no_grad():
-            hidden, bias = self._model.embed(torch.from_numpy(batch.ids), torch.from_numpy(batch.mask))
-        hidden.requires_grad_()
-        self._model.blocks[-1](hidden, bias).sum().backward()
+        def forward() -> None:
+            with torch.no_grad():
+                block(hidden, bias)
+
+        def train() -> None:
+            block(hidden.detach().requires_grad_(), bias).sum().backward()
+
+        def rest() -> None:
+            with torch.no_grad():
+                self._model.embed(ids, mask)
+            logits = self._model.head(hidden.detach().requires_grad_(), mask)
+            F.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+
+        return {"forward": forward, "train": train, "rest": rest}
 
     def touch(self) -> None:
         """Read every weight once, so that its mapped pages are resident as in a long run."""

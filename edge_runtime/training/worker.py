@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from edge_runtime.data import Example, Examples, read_examples
 from edge_runtime.errors import EdgeError, ModelError, StoreError, TrainingFailed, UsageError
 from edge_runtime.hardware import process_memory
 from edge_runtime.model import ModelSpec, load_family
-from edge_runtime.records import Plan, TrainReport
+from edge_runtime.records import CostRow, Plan, TrainReport
 from edge_runtime.split import train_test
 from edge_runtime.store import atomic_writer
 from edge_runtime.training.corpus import Corpus, build_corpus
@@ -30,6 +30,7 @@ from edge_runtime.wire import from_plain, to_plain
 
 if TYPE_CHECKING:
     from edge_runtime.graphs.bundle import GraphSet
+    from edge_runtime.training.backoff import Saved
     from edge_runtime.training.loop import Backend
     from edge_runtime.training.prefix_cache import PrefixCache
 
@@ -128,32 +129,53 @@ def open_cache(job: Job, spec: ModelSpec, plan: Plan, data: Corpus) -> PrefixCac
     return PrefixCache.open(root, key, data, spec.hidden, free_share(root)) if pays else None
 
 
-def train(job: Job) -> dict[str, Any]:
-    """Train as planned and write the update: every trained tensor's delta, float32, in the order of the suffix."""
-    from edge_runtime.training.loop import accuracy, run
+def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
+    """Train as planned and write the update: every trained tensor's delta, float32, in the order of the suffix.
+
+    Where the job names smaller candidates, memory is watched, and training goes on as one of them when it gets short.
+    """
+    from edge_runtime.training.backoff import Pressure, begin_again
+    from edge_runtime.training.loop import Progress, accuracy, run
 
     spec = spec_of(job)
     plan: Plan = from_plain(Plan, job["plan"], "plan")
     backend = backend_of(job, spec, plan)
     data = Corpus(Path(job["corpus"]))
     cache = open_cache(job, spec, plan, data)
-    started = 0.0
+    done = saved.restore(backend) if saved else Progress()
+    rows: tuple[CostRow, ...] = from_plain(tuple[CostRow, ...], job.get("smaller", []), "smaller")
+    pressure = Pressure(
+        [row for row in rows if row.peak_bytes < plan.chosen.peak_bytes], own_cgroup=bool(job.get("cgroup"))
+    )
+    smaller: CostRow | None = None
     last = 0.0
 
     def progress(step: int, loss: float) -> None:
-        nonlocal last, started
+        nonlocal last
         now = time.monotonic()
-        started = started or now - STARTED
+        done.start_s = done.start_s or now - STARTED
         if now - last > 0.2 or step == plan.steps:
             last = now
             emit(step=step, steps=plan.steps, loss=round(loss, 5))
 
+    def short() -> bool:
+        nonlocal smaller
+        smaller = pressure.short()
+        return smaller is not None
+
     try:
-        result = run(backend, data, plan, progress, cache)
+        run(backend, data, plan, done, progress, cache, short)
     finally:
         if cache is not None:
             cache.close()
-    peak = process_memory().get("VmHWM", 0)
+    done.peak_bytes = peak = max(done.peak_bytes, process_memory().get("VmHWM", 0))
+    if smaller is not None:
+        emit(step=len(done.losses), steps=plan.steps, loss=done.losses[-1], smaller=to_plain(smaller))
+        done.backed_off += 1
+        next_job = {**job, "plan": {**job["plan"], "chosen": to_plain(smaller)}, "started": job.get("started", STARTED)}
+        next_job["first"] = job.get("first", job["plan"]["chosen"])
+        begin_again(next_job, done, backend.arrays(), Path(job["update"]).parent)
+    first: CostRow = from_plain(CostRow, job["first"], "plan") if "first" in job else plan.chosen
     held_out = (
         accuracy(backend, Corpus(Path(job["test_corpus"])), plan.chosen.micro_batch) if job.get("test_corpus") else None
     )
@@ -168,20 +190,21 @@ def train(job: Job) -> dict[str, Any]:
         micro_batch=plan.chosen.micro_batch,
         backend=backend.name,
         num_examples=len(data),
-        steps=result.steps,
-        first_loss=result.first_loss,
-        last_loss=result.last_loss,
-        train_s=result.seconds,
-        total_s=time.monotonic() - STARTED,
+        steps=len(done.losses),
+        first_loss=done.losses[0],
+        last_loss=done.last_loss,
+        train_s=done.seconds,
+        total_s=time.monotonic() - job.get("started", STARTED),
         peak_bytes=max(peak, process_memory().get("VmHWM", 0)),
-        promised_peak_bytes=plan.chosen.peak_bytes,
-        promised_s=plan.chosen.total_s(plan.settings.epochs),
+        promised_peak_bytes=first.peak_bytes,
+        promised_s=first.total_s(plan.settings.epochs),
         accuracy=held_out,
-        cpu_s=result.cpu_s,
-        start_s=started,
+        cpu_s=done.cpu_s,
+        start_s=done.start_s,
         rank=plan.chosen.rank,
         precision=plan.chosen.precision,
         cached=cache is not None,
+        backed_off=done.backed_off,
     )
     return {"report": to_plain(report)}
 
@@ -210,21 +233,26 @@ def derive(job: Job) -> dict[str, Any]:
     return {}
 
 
-JOBS = {"corpus": corpus, "train": train, "probe": probe, "derive": derive}
+JOBS: dict[str, Callable[[Job], dict[str, Any]]] = {"corpus": corpus, "train": train, "probe": probe, "derive": derive}
 
 
 def main() -> int:
     """Run the one job that standard input names."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("800")  # if memory runs out, this process goes and not the device
-    job = json.loads(sys.stdin.readline())
+    saved = None
+    if len(sys.argv) > 1:  # a training that goes on in smaller pieces
+        from edge_runtime.training.backoff import Saved
+
+        saved = Saved(int(sys.argv[1]))
+    job = saved.job if saved else json.loads(sys.stdin.readline())
     if job.get("cgroup"):
         Path(job["cgroup"]).write_text(str(os.getpid()))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         if job["job"] not in JOBS:
             raise UsageError(f"no such job: {job['job']!r}")
-        emit(result=JOBS[job["job"]](job))
+        emit(result=train(job, saved) if saved else JOBS[job["job"]](job))
     except EdgeError as error:
         emit(error=str(error), kind=type(error).__name__)
         return error.exit_code

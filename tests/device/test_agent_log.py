@@ -16,7 +16,7 @@ FIELDS: dict[str, Any] = {
     "round": 3, "reason": "so it is", "announced": 1, "held": 2, "blob": "ab" * 32, "topic": "fl/1/farm/all/model",
     "needs_bytes": 1 << 28, "budget_bytes": 1 << 27, "depth": 2, "steps": 7, "peak_bytes_promised": 1 << 28, "train_s": 1.5,
     "peak_bytes": 1 << 27, "promised_peak_bytes": 1 << 28, "last_loss": 0.5, "out_of_memory": True, "bytes_up": 1 << 20,
-    "bytes_down": 1 << 21, "model_version": 4, "num_bytes": 1 << 20,
+    "bytes_down": 1 << 21, "micro_batch": 2, "model_version": 4, "num_bytes": 1 << 20,
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.budget import (
     AGENT_RESERVE_BYTES,
+    RESERVE_BYTES,
     STEP_BYTES,
     UNIT_NAMES,
     UNITS,
@@ -138,17 +139,22 @@ def test_any_text_is_a_sane_budget_or_a_usage_error(text: str) -> None:
 
 
 def test_auto_is_what_is_free_rounded_down_so_that_noise_does_not_change_the_plan() -> None:
-    assert memory_budget("auto", machine(4096 * MIB, 1003 * MIB)) == 1000 * MIB
-    assert memory_budget("auto", machine(4096 * MIB, 1000 * MIB)) == 1000 * MIB
+    assert memory_budget("auto", machine(512 * MIB, 123 * MIB)) == 104 * MIB
+    assert memory_budget("auto", machine(512 * MIB, 120 * MIB)) == 104 * MIB
     assert memory_budget("auto", machine(4096 * MIB, 7 * MIB)) == 0
+
+
+def test_auto_leaves_a_reserve_that_grows_with_the_machine() -> None:
+    assert memory_budget("auto", machine(512 * MIB, 400 * MIB)) == 384 * MIB
+    assert memory_budget("auto", machine(8192 * MIB, 4096 * MIB)) == (4096 - 246) // 8 * 8 * MIB
 
 
 def test_auto_leaves_the_agent_its_reserve_below_the_limit_of_ram_or_cgroup() -> None:
     for limit in (256 * MIB, 512 * MIB):
-        room = (limit - AGENT_RESERVE_BYTES) // STEP_BYTES * STEP_BYTES
+        room = (limit - AGENT_RESERVE_BYTES - RESERVE_BYTES) // STEP_BYTES * STEP_BYTES
         assert memory_budget("auto", machine(limit, limit)) == room
         assert memory_budget("auto", machine(4096 * MIB, 3000 * MIB, limit, limit - MIB)) == room
-        assert memory_budget("auto", machine(4096 * MIB, 3000 * MIB, limit, 100 * MIB)) == 96 * MIB
+        assert memory_budget("auto", machine(4096 * MIB, 3000 * MIB, limit, 100 * MIB)) == 80 * MIB
     assert memory_budget("auto", machine(32 * MIB, 32 * MIB)) == 0
 
 

@@ -15,6 +15,7 @@ from edge_runtime.errors import ModelError, TrainingFailed, WireError
 from edge_runtime.graphs import find
 from edge_runtime.graphs.find import find_graphs, graphs_key, read_graphs
 from edge_runtime.model import ModelSpec
+from edge_runtime.weights import MappedTensor
 
 BUNDLED = {
     "hidden_size": 128,
@@ -25,6 +26,11 @@ BUNDLED = {
     "max_position_embeddings": 20,
     "type_vocab_size": 2,
     "hidden_act": "gelu",
+}
+
+
+WEIGHTS = {
+    tensor.name: MappedTensor("weights", 0, tensor.shape) for tensor in bert.describe(BUNDLED, ["a", "b"], 20).tensors
 }
 
 
@@ -64,15 +70,15 @@ def worker(shipped: bytes, monkeypatch: pytest.MonkeyPatch) -> Worker:
 
 
 def test_a_bundled_set_is_found_where_it_lies_and_nothing_is_written(tmp_path: Path) -> None:
-    assert find_graphs(spec_of(), {}, tmp_path) == bert.bundled_graphs(spec_of())
+    assert find_graphs(spec_of(), WEIGHTS, tmp_path) == bert.bundled_graphs(spec_of())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_set_is_derived_once_and_then_found_in_the_cache(worker: Worker, tmp_path: Path) -> None:
     lines: list[str] = []
-    path = find_graphs(spec_of(), {}, tmp_path, progress=lines.append)
+    path = find_graphs(spec_of(), WEIGHTS, tmp_path, progress=lines.append)
     assert path == tmp_path / "graphs" / f"{graphs_key(spec_of())}.graphs"
-    assert find_graphs(spec_of(num_hidden_layers=7, vocab_size=99), {}, tmp_path, progress=lines.append) == path
+    assert find_graphs(spec_of(num_hidden_layers=7, vocab_size=99), WEIGHTS, tmp_path, progress=lines.append) == path
     assert len(worker.jobs) == len(lines) == 1
     assert worker.jobs[0]["job"] == "derive"
 
@@ -81,35 +87,35 @@ def test_the_cache_comes_before_the_bundled_set(shipped: bytes, tmp_path: Path) 
     kept = tmp_path / "graphs" / f"{graphs_key(spec_of())}.graphs"
     kept.parent.mkdir()
     kept.write_bytes(shipped)
-    assert find_graphs(spec_of(), {}, tmp_path) == kept
+    assert find_graphs(spec_of(), WEIGHTS, tmp_path) == kept
 
 
 @pytest.mark.parametrize("damage", [b"", b"EGS2", b"x" * 100], ids=["empty", "cut", "other"])
 def test_a_damaged_cache_file_is_made_anew(worker: Worker, shipped: bytes, damage: bytes, tmp_path: Path) -> None:
-    path = find_graphs(spec_of(), {}, tmp_path)
+    path = find_graphs(spec_of(), WEIGHTS, tmp_path)
     assert path is not None
     path.write_bytes(damage)
-    assert find_graphs(spec_of(), {}, tmp_path, derive=False) is None
-    assert find_graphs(spec_of(), {}, tmp_path) == path
+    assert find_graphs(spec_of(), WEIGHTS, tmp_path, derive=False) is None
+    assert find_graphs(spec_of(), WEIGHTS, tmp_path) == path
     assert path.read_bytes() == shipped
     assert len(worker.jobs) == 2
 
 
 def test_derived_graphs_that_do_not_fit_are_not_used(worker: Worker, tmp_path: Path) -> None:
     lines: list[str] = []
-    assert find_graphs(spec_of(hidden_act="relu"), {}, tmp_path, progress=lines.append) is None
+    assert find_graphs(spec_of(hidden_act="relu"), WEIGHTS, tmp_path, progress=lines.append) is None
     assert "not this one" in lines[-1]
 
 
 def test_nothing_is_derived_where_it_is_not_wanted(worker: Worker, tmp_path: Path) -> None:
-    assert find_graphs(spec_of(), {}, tmp_path, derive=False) is None
+    assert find_graphs(spec_of(), WEIGHTS, tmp_path, derive=False) is None
     assert worker.jobs == []
 
 
 def test_without_torch_absence_is_no_error(worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else object())
     lines: list[str] = []
-    assert find_graphs(spec_of(), {}, tmp_path, progress=lines.append) is None
+    assert find_graphs(spec_of(), WEIGHTS, tmp_path, progress=lines.append) is None
     assert lines == ["training graphs cannot be derived here: torch not installed"]
     assert worker.jobs == []
 
@@ -118,16 +124,16 @@ def test_a_family_that_cannot_be_derived_is_not_tried_at_each_start(worker: Work
     worker.error = ModelError("edge_models.bert cannot be turned into training graphs: dynamic control flow")
     lines: list[str] = []
     for _ in range(3):
-        assert find_graphs(spec_of(), {}, tmp_path, progress=lines.append) is None
+        assert find_graphs(spec_of(), WEIGHTS, tmp_path, progress=lines.append) is None
     assert len(worker.jobs) == 1
     assert sum("dynamic control flow" in line for line in lines) == 3
 
 
 def test_a_derivation_that_ran_out_of_memory_is_tried_again(worker: Worker, tmp_path: Path) -> None:
     worker.error = TrainingFailed("killed", out_of_memory=True)
-    assert find_graphs(spec_of(), {}, tmp_path) is None
+    assert find_graphs(spec_of(), WEIGHTS, tmp_path) is None
     worker.error = None
-    assert find_graphs(spec_of(), {}, tmp_path) is not None
+    assert find_graphs(spec_of(), WEIGHTS, tmp_path) is not None
 
 
 def test_the_key_is_one_for_all_sizes_that_graphs_serve_and_another_for_every_other_model() -> None:

@@ -45,13 +45,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
-        writer.writerows((f"{SENTENCES[i % 3]} {'and so on ' * (i % 7)}", "abc"[i % 3]) for i in range(96))
+        writer.writerows((f"{SENTENCES[i % 3]} {'and so on ' * (i % 21)}", "abc"[i % 3]) for i in range(192))
     return path
 
 
 def run(limit_bytes: int | None, *arguments: str, name: str = "train") -> subprocess.CompletedProcess[str]:
     """A command of edge-runtime, within a limit for it and all its children."""
-    command = [sys.executable, "-m", "edge_runtime.cli", *arguments]
+    return run_python(limit_bytes, "-m", "edge_runtime.cli", *arguments, name=name)
+
+
+def run_python(limit_bytes: int | None, *arguments: str, name: str = "train") -> subprocess.CompletedProcess[str]:
+    """A Python program, within a limit for it and all its children."""
+    command = [sys.executable, *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p)}
     limit = MemoryLimit(name, limit_bytes) if limit_bytes else None
     try:
@@ -102,6 +107,69 @@ def test_auto_within_a_cgroup_counts_the_limit_and_not_the_machines_memory(data:
     assert report["limit_bytes"] < limit and report["peak_bytes"] <= limit
 
 
+TRAIN_WHILE_MEMORY_GOES = """
+import dataclasses, json, sys, threading, time
+from edge_runtime import Device, TrainSettings, plan, train
+from edge_runtime.cost import cost
+from edge_runtime.engine import EngineOptions
+from edge_runtime.hardware import room
+from edge_runtime.planner import make_plan
+
+data, out, backend, optimizer, take = sys.argv[1:]
+device = Device.measure(1, speed=False)
+settings = TrainSettings(epochs=2, batch_size=16, optimizer=optimizer)
+planned = plan("minilm-l3", data, settings=settings, device=device, engine=EngineOptions(backend), max_length=64)
+shape = planned.prepared.data
+whole = cost(planned.source.spec, shape, settings, planned.calibration, 2, False, 16)  # not in pieces
+planned = dataclasses.replace(planned, chosen=make_plan(whole, shape, settings))
+begun = threading.Event()
+
+def fill(num_bytes, more=24, piece=8 << 20):
+    begun.wait()
+    taken = [bytearray(num_bytes - more * piece)]  # zeros are written: it is resident
+    for _ in range(more):
+        taken.append(bytearray(piece))
+        time.sleep(0.1)
+    time.sleep(600)
+
+def progress(step, steps, loss):
+    begun.set()
+
+least = [1 << 60]
+
+def watch():
+    while True:
+        least[0] = min(least[0], room(skip_own=False)[1])
+        time.sleep(0.01)
+
+threading.Thread(target=watch, daemon=True).start()
+if int(take):
+    threading.Thread(target=fill, args=(int(take),), daemon=True).start()
+report = train(planned, out, device=device, progress=progress).report
+print(json.dumps(dataclasses.asdict(report) | {"least": least[0]}))
+"""
+
+
+@needs_cgroup
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "optimizer"), [("onnx", "adamw8bit"), ("torch", "adamw")])
+def test_training_goes_on_in_smaller_pieces_when_memory_gets_short(
+    backend: str, optimizer: str, data: Path, tmp_path: Path
+) -> None:
+    def train(name: str, take: int) -> dict[str, Any]:
+        arguments = (str(data), str(tmp_path / name), backend, optimizer, str(take))
+        return result(run_python(2560 * MIB, "-c", TRAIN_WHILE_MEMORY_GOES, *arguments))
+
+    left = train("enough", 0)
+    taken = train("short", left["least"] - 8 * MIB)
+    assert left["backed_off"] == 0 and taken["backed_off"] >= 1
+    assert taken["steps"] == left["steps"] == 24
+    assert (taken["checkpointing"], -taken["micro_batch"]) > (left["checkpointing"], -left["micro_batch"])
+    assert taken["first_loss"] == left["first_loss"]
+    assert taken["last_loss"] == pytest.approx(left["last_loss"], rel=0.02), "no step is lost, none is done twice"
+    assert taken["promised_peak_bytes"] == left["promised_peak_bytes"]
+
+
 @pytest.mark.slow
 def test_a_budget_that_nothing_fits_is_refused_with_the_bytes_needed(data: Path, tmp_path: Path) -> None:
     done = run(None, "train", "minilm-l3", "--data", str(data), "--memory", "60MB", "--out", str(tmp_path / "m"))
@@ -131,6 +199,10 @@ def test_a_device_whose_child_is_killed_for_memory_lives_on_and_gives_the_plan_b
         fleet.wait(fleet.finished)
         failures = fleet.events("device-1", "training-failed")
         assert failures and failures[0]["out_of_memory"]
+        corrected = [
+            json.loads(file.read_text())["calibration"]["correction"] for file in (own / "calibration").glob("*")
+        ]
+        assert max(corrected) >= 1.05, "from now on it promises more"
         assert fleet.events("device-1", "declined") and fleet.alive("device-1")
     assert [device for _, device, _ in fleet.counted()] == ["device-0"]
 

@@ -1,0 +1,79 @@
+"""When memory gets short while an automatic budget trains: the same training goes on in smaller pieces, nothing lost.
+
+The worker process writes what it has trained to a file without a name, then executes itself anew with a smaller plan of
+the same depth: only that gives all memory back. The process keeps its number, its pipes and its cgroup, so who started it
+need not know. Linux only by its readings; elsewhere memory is never short.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from edge_runtime.budget import reserve_bytes
+from edge_runtime.errors import TrainingFailed
+from edge_runtime.hardware import process_memory, room
+from edge_runtime.records import CostRow
+from edge_runtime.training.loop import Backend, Progress
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Pressure:
+    """Whether memory is short, and which of the smaller candidates would do."""
+
+    def __init__(self, smaller: Sequence[CostRow], *, own_cgroup: bool) -> None:
+        """`smaller`: candidates by descending peak; `own_cgroup`: this process has a cgroup with its own budget as limit."""
+        self._smaller, self._own_cgroup = smaller, own_cgroup
+
+    def short(self) -> CostRow | None:
+        """None while there is enough, or where nothing smaller is left."""
+        if not self._smaller:
+            return None
+        limit, left = room(skip_own=self._own_cgroup)
+        held, reserve = process_memory(), reserve_bytes(limit)
+        left -= held.get("VmHWM", 0) - held.get("VmRSS", 0)  # which the next step takes again
+        if left >= reserve // 2:
+            return None
+        target = held.get("VmHWM", 0) - (reserve - left)
+        return next((row for row in self._smaller if row.peak_bytes <= target), self._smaller[-1])
+
+
+def begin_again(job: Mapping[str, Any], progress: Progress, arrays: Iterable[Array], folder: Path) -> NoReturn:
+    """Execute this worker anew with a job, its progress and its arrays, kept in a file in `folder` that has no name."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(json.dumps({"job": job, "progress": vars(progress)}).encode() + b"\n")
+        for array in arrays:
+            file.write(array.data)
+        file.flush()
+        file.seek(0)
+        os.set_inheritable(file.fileno(), True)
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "edge_runtime.training.worker", str(file.fileno())])  # noqa: S606 - no shell
+
+
+class Saved:
+    """What `begin_again` passed on, in the new image of the process."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._file = os.fdopen(descriptor, "rb")
+        header = json.loads(self._file.readline())
+        self.job: dict[str, Any] = header["job"]
+        self._progress = Progress(**header["progress"])
+
+    def restore(self, backend: Backend) -> Progress:
+        """Set everything that steps change as it was; -> how far they came."""
+        with self._file:
+            for array in backend.arrays():
+                if self._file.readinto(array.reshape(-1).view("uint8").data) != array.nbytes:
+                    raise TrainingFailed("the state of a training that went on in smaller pieces is not whole")
+        backend.optimizer.steps = len(self._progress.losses)
+        return self._progress
