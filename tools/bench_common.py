@@ -59,8 +59,8 @@ class RowUnavailable(EdgeError):
 # options
 
 
-def bench_parser(name: str, what: str, *examples: str) -> argparse.ArgumentParser:
-    """A bench's command line with the options that all of them have."""
+def bench_parser(name: str, what: str, *examples: str, rows: bool = True) -> argparse.ArgumentParser:
+    """A bench's command line with the options that all of them have; `rows`: its rows have names to choose from."""
     made = argparse.ArgumentParser(
         prog=f"tools/bench {name}",
         description=what,
@@ -72,8 +72,9 @@ def bench_parser(name: str, what: str, *examples: str) -> argparse.ArgumentParse
     add("--seed", type=int, default=1, help="(%(default)s)")
     add("--quick", action="store_true", help="few steps: shows that everything runs, measures nothing of worth")
     add("--threads", type=whole, default=1, help="of each training process (%(default)s)")
-    add("--rows", metavar="TEXT[,TEXT]", help="only rows whose name contains one of these")
-    add("--list", action="store_true", help="print the names of all rows and stop")
+    if rows:
+        add("--rows", metavar="TEXT[,TEXT]", help="only rows whose name contains one of these")
+        add("--list", action="store_true", help="print the names of all rows and stop")
     add("--out", type=Path, metavar="FOLDER", help="write a Markdown table and a plot there, for example docs/results")
     return made
 
@@ -134,7 +135,7 @@ def shown(key: str, value: Any) -> str:
         return f"{value / MIB:.0f} MiB" if value >= 100 * MIB else f"{value / MIB:.2f} MiB"
     if key == "accuracy" or key.endswith("_share"):
         return f"{100 * value:.1f} %"
-    return f"{value:.3f}" if key == "cpu_s_per_step" else f"{value:.1f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if key.endswith("_s_per_step") else f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def cells(rows: Sequence[Row], columns: Mapping[str, str]) -> list[list[str]]:
@@ -180,10 +181,12 @@ def finish(
     versions: Mapping[str, str],
     machine: Mapping[str, Any],
     python: Path | None,
+    figures: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print the table; write what --json and --out ask for."""
+    """Print the table; write what --json and --out ask for. `figures`, of all rows, go before them; no plot without `python`."""
     results = {
         "title": title,
+        **(figures or {}),
         "rows": list(rows),
         "quick": bool(args.quick),
         "seed": args.seed,
@@ -207,7 +210,7 @@ def finish(
         drawn = python is not None and draw(python, raw, plot)
         page = args.out / f"{name}.md"
         page.write_text(markdown(results, columns, notes, plot.name if drawn else ""), encoding="utf-8")
-        note(f"wrote {page}, {raw}{f', {plot}' if drawn else ' (no plot: matplotlib failed)'}")
+        note(f"wrote {page}, {raw}{f', {plot}' if drawn else ' (no plot: matplotlib failed)' if python else ''}")
 
 
 def draw(python: Path, rows: Path, plot: Path) -> bool:

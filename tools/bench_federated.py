@@ -58,9 +58,10 @@ class Entry:
 
 
 ENTRIES = (
-    Entry("ours, caff, no limit", "caff", {"memory": "4GB"}),
-    Entry("ours, caff, 450 MB", "caff", {"memory": "450MB"}),
-    Entry("ours, caff, 450 MB, onnx", "caff", {"memory": "450MB", "backend": "onnx"}),
+    Entry("ours, caff, 330 MB", "caff", {"memory": "330MB"}),
+    Entry("ours, caff, 15 MB of upload", "caff", {"memory": "330MB", "upload": "15MB"}),
+    Entry("ours, caff, 15 MB, int8 prefix", "caff", {"memory": "330MB", "upload": "15MB", "precision": "int8"}),
+    Entry("ours, caff, torch, 450 MB", "caff", {"memory": "450MB", "backend": "torch"}),
     Entry("Flower + PEFT LoRA", options={"train": "lora"}, settings={"learning_rate": 1e-3}),
 )
 COLUMNS = {

@@ -22,7 +22,7 @@ import numpy as np
 
 from edge_models import bert, hub
 from edge_runtime import local
-from edge_runtime.console import note, print_json, run_main, table
+from edge_runtime.console import note, run_main
 from edge_runtime.cost import cost, micro_batches
 from edge_runtime.engine import EngineOptions
 from edge_runtime.errors import EdgeError, TrainingFailed
@@ -30,26 +30,36 @@ from edge_runtime.planner import make_plan, mib
 from edge_runtime.records import Budget, TrainSettings
 from edge_runtime.source import save_folder
 from edge_runtime.weights import MappedTensor
+from tools import bench_common as bench
 from tools import datasets
-from tools.bench_common import bench_parser
 
 CONFIGURATIONS, QUICK = 60, 8
 STEPS = 8
 RANDOM_SHAPES = {"random d=128": (128, 2, 4), "random d=768": (768, 12, 3)}  # width, heads, blocks
 LIMIT = 1.05  # of the promise, in bytes
+COLUMNS = {
+    "name": "configuration",
+    "promised_peak_bytes": "promised",
+    "peak_rss_bytes": "measured",
+    "error_share": "error",
+    "promised_s_per_step": "s promised",
+    "wall_s_per_step": "s measured",
+    "seconds_error_share": "error",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run it."""
-    parser = bench_parser("plan", __doc__ or "")
-    parser.add_argument("--configurations", type=int, help=f"how many ({CONFIGURATIONS}, quick {QUICK})")
+    what = "Peak memory and seconds a step as the planner promises them, beside what random configurations take."
+    parser = bench.bench_parser("plan", what, "", "--quick", "--out docs/results --json plan.json", rows=False)
+    parser.add_argument("--configurations", type=bench.whole, help=f"how many ({CONFIGURATIONS}, quick {QUICK})")
     args = parser.parse_args(arguments)
     return run_main(lambda: measure(args))
 
 
 def measure(args: argparse.Namespace) -> int:
     """Measure all configurations and print them."""
-    choose = random.Random(args.seed)
+    choose, machine = random.Random(args.seed), bench.machine()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="edge-bench-plan.") as folder:
         scratch = Path(folder)
@@ -58,21 +68,32 @@ def measure(args: argparse.Namespace) -> int:
         texts = sample_texts(choose)
         os.environ["EDGE_CACHE"] = str(scratch / "cache")  # measured anew, and no features of an earlier bench
         count = args.configurations or (QUICK if args.quick else CONFIGURATIONS)
-        for number in range(count):
+        for _ in range(2 * count):  # a configuration that makes no sense is left out
+            if len(rows) == count:
+                break
             row = configuration(choose, sorted(models))
             try:
                 rows.append(row | run_row(row, models[row["model"]], texts, scratch, args.threads, choose))
-            except TrainingFailed as error:
-                rows.append(row | {"killed": True, "reason": str(error)})
             except EdgeError as error:
-                note(f"left out: {row}: {error}")
-                continue
+                if not (isinstance(error, TrainingFailed) and (error.out_of_memory or error.killed)):
+                    note(f"left out: {row}: {error}")
+                    continue
+                rows.append(row | {"killed": True, "reason": str(error)})
             last = rows[-1]
-            note(f"{number + 1} of {count}: {last['name']}: " + (last.get("reason") or describe(last)))
-    record = summary(rows)
-    if args.json:
-        Path(args.json).write_text(json.dumps(record, indent=1))
-    print_rows(record)
+            note(f"{len(rows)} of {count}: {last['name']}: " + (last.get("reason") or describe(last)))
+    figures = summary(rows)
+    bench.finish(
+        "plan",
+        args,
+        rows,
+        title=f"The planner's promises beside {len(rows)} random configurations, {args.threads} thread(s)",
+        columns=COLUMNS,
+        notes=notes(figures),
+        versions=bench.versions(None),
+        machine=machine,
+        python=None,
+        figures=figures,
+    )
     return 0
 
 
@@ -153,8 +174,10 @@ def run_row(
         + f" {row['optimizer']} {row['batch_size']} x {row['max_length']}",
         "promised_peak_bytes": chosen.peak_bytes,
         "peak_rss_bytes": report.peak_bytes,
-        "promised_s": report.promised_s / report.steps,
-        "step_s": report.train_s / report.steps,
+        "error_share": chosen.peak_bytes / report.peak_bytes - 1,
+        "promised_s_per_step": report.promised_s / report.steps,
+        "wall_s_per_step": report.train_s / report.steps,
+        "seconds_error_share": report.promised_s / report.train_s - 1,
         "cpu_s_per_step": report.cpu_s / report.steps,
         "steps": steps,
         "wall_s": report.total_s,
@@ -165,8 +188,8 @@ def run_row(
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures that count: signed errors are (promised - measured) / measured."""
     done = [row for row in rows if not row["killed"]]
-    errors = [row["promised_peak_bytes"] / row["peak_rss_bytes"] - 1 for row in done]
-    seconds = [row["promised_s"] / row["step_s"] - 1 for row in done]
+    errors = [row["error_share"] for row in done]
+    seconds = [row["seconds_error_share"] for row in done]
     return {
         "n": len(rows),
         "median_abs_error": statistics.median(abs(e) for e in errors) if errors else None,
@@ -175,7 +198,6 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "median_abs_seconds_error": statistics.median(abs(e) for e in seconds) if seconds else None,
         "seconds_within_20_percent": sum(abs(e) <= 0.2 for e in seconds) / max(1, len(seconds)),
         "killed": sum(row["killed"] for row in rows),
-        "rows": rows,
     }
 
 
@@ -183,26 +205,26 @@ def describe(row: dict[str, Any]) -> str:
     """One row in words."""
     return (
         f"{mib(row['promised_peak_bytes'])} promised, {mib(row['peak_rss_bytes'])} measured; "
-        f"{row['promised_s']:.3f} s a step promised, {row['step_s']:.3f} s measured"
+        f"{row['promised_s_per_step']:.3f} s a step promised, {row['wall_s_per_step']:.3f} s measured"
     )
 
 
-def print_rows(record: dict[str, Any]) -> None:
-    """The table and the figures."""
-    cells = [
-        [
-            row["name"],
-            mib(row["promised_peak_bytes"]),
-            mib(row["peak_rss_bytes"]),
-            f"{100 * (row['promised_peak_bytes'] / row['peak_rss_bytes'] - 1):+.1f} %",
-            f"{row['promised_s']:.3f}",
-            f"{row['step_s']:.3f}",
-        ]
-        for row in record["rows"]
-        if not row["killed"]
+def notes(figures: dict[str, Any]) -> list[str]:
+    """What one must know to read the table, and the figures that count."""
+    found = [
+        "Each row is planned with a calibration of its own model and machine, then trained in a fresh process; peak is VmHWM.",
+        f"Each process had a limit of its promise plus 5 %; {figures['killed']} of {figures['n']} were killed.",
+        "Seconds are of all steps, the first included.",
     ]
-    print(table(("configuration", "promised", "measured", "error", "s promised", "s measured"), cells))
-    print_json({key: value for key, value in record.items() if key != "rows"})
+    if figures["median_abs_error"] is None:
+        return found
+    return [
+        f"Peak: median absolute error {100 * figures['median_abs_error']:.1f} %, at worst {100 * figures['worst_under']:.1f} % "
+        f"under and {100 * figures['worst_over']:.1f} % over.",
+        f"Seconds: median absolute error {100 * figures['median_abs_seconds_error']:.1f} %; "
+        f"{100 * figures['seconds_within_20_percent']:.0f} % of the rows within 20 %.",
+        *found,
+    ]
 
 
 def sample_texts(choose: random.Random) -> list[tuple[str, str]]:

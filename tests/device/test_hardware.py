@@ -113,6 +113,17 @@ def test_version_1_ancestors_count(tmp_path: Path) -> None:
     assert cgroup_memory(version_1(tmp_path, "/a/b", groups)) == (150 * MIB, 10 * MIB)
 
 
+def test_the_innermost_groups_can_be_left_out(tmp_path: Path) -> None:
+    groups = {
+        "/a": {"memory.limit_in_bytes": str(500 * MIB), "memory.usage_in_bytes": str(40 * MIB)},
+        "/a/b": {"memory.limit_in_bytes": str(150 * MIB), "memory.usage_in_bytes": str(20 * MIB)},
+    }
+    root = version_1(tmp_path, "/a/b", groups)
+    assert cgroup_memory(root) == (150 * MIB, 130 * MIB)
+    assert cgroup_memory(root, skip=1) == (500 * MIB, 460 * MIB)
+    assert cgroup_memory(root, skip=9) == (None, None)
+
+
 def test_a_hybrid_machine_takes_the_version_that_holds_memory(tmp_path: Path) -> None:
     root = version_1(tmp_path, "/a", {"/a": {"memory.limit_in_bytes": str(64 * MIB), "memory.usage_in_bytes": "0"}})
     lay_out(root, {"sys/fs/cgroup/unified/cgroup.procs": "", "proc/self/cgroup": "9:memory:/a\n0::/user.slice\n"})

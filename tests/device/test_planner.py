@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,17 @@ from hypothesis import strategies as st
 
 from edge_runtime.cost import Calibration, DataShape, cost
 from edge_runtime.errors import DoesNotFit, UsageError
-from edge_runtime.planner import check_settings, choose, cost_table, feasible, make_plan, mib, over_budget, shrink
+from edge_runtime.planner import (
+    check_settings,
+    choose,
+    cost_table,
+    feasible,
+    make_plan,
+    mib,
+    over_budget,
+    shrink,
+    smaller_rows,
+)
 from edge_runtime.records import Budget, CostRow, TrainSettings
 from tests.samples import quickly, small_spec
 
@@ -250,3 +261,22 @@ def test_sizes_for_people() -> None:
         "10 MiB",
         "450 MiB",
     ]
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_what_a_plan_can_go_on_as_has_its_depth_and_needs_less_and_less(depth: int) -> None:
+    whole = cost(SPEC, DATA, SETTINGS, CALIBRATION, depth, False, 16)
+    smaller = smaller_rows(SPEC, DATA, SETTINGS, CALIBRATION, whole)
+    peaks = [whole.peak_bytes, *(candidate.peak_bytes for candidate in smaller)]
+    assert len(smaller) >= 2 and peaks == sorted(set(peaks), reverse=True)
+    assert {candidate.depth for candidate in smaller} == {depth}
+    assert all(slower.step_s >= faster.step_s for faster, slower in itertools.pairwise(smaller))
+    assert smaller_rows(SPEC, DATA, SETTINGS, CALIBRATION, smaller[-1]) == []
+
+
+def test_a_correction_raises_every_promise_and_no_time() -> None:
+    corrected = dataclasses.replace(CALIBRATION, correction=1.5)
+    for depth in range(5):
+        before, after = (cost(SPEC, DATA, SETTINGS, c, depth, False, 8) for c in (CALIBRATION, corrected))
+        assert after.peak_bytes == pytest.approx(1.5 * before.peak_bytes, rel=0.02)
+        assert after.step_s == before.step_s
