@@ -28,23 +28,33 @@ if TYPE_CHECKING:
 
 
 class Pressure:
-    """Whether memory is short, and which of the smaller candidates would do."""
+    """Whether memory is short, and which of the smaller candidates would do.
+
+    Attributes:
+        smaller: what to go on as, once memory is short.
+    """
 
     def __init__(self, smaller: Sequence[CostRow], *, own_cgroup: bool) -> None:
         """`smaller`: candidates by descending peak; `own_cgroup`: this process has a cgroup with its own budget as limit."""
-        self._smaller, self._own_cgroup = smaller, own_cgroup
+        self._rows, self._own_cgroup = smaller, own_cgroup
+        self.smaller: CostRow | None = None
 
-    def short(self) -> CostRow | None:
-        """None while there is enough, or where nothing smaller is left."""
-        if not self._smaller:
-            return None
+    def give_up(self) -> None:
+        """Memory is not short any more, whatever happens."""
+        self._rows = ()
+
+    def is_short(self) -> bool:
+        """False too where nothing smaller is left."""
+        if not self._rows:
+            return False
         limit, left = room(skip_own=self._own_cgroup)
         held, reserve = process_memory(), reserve_bytes(limit)
         left -= held.get("VmHWM", 0) - held.get("VmRSS", 0)  # which the next step takes again
         if left >= reserve // 2:
-            return None
+            return False
         target = held.get("VmHWM", 0) - (reserve - left)
-        return next((row for row in self._smaller if row.peak_bytes <= target), self._smaller[-1])
+        self.smaller = next((row for row in self._rows if row.peak_bytes <= target), self._rows[-1])
+        return True
 
 
 def begin_again(job: Mapping[str, Any], progress: Progress, arrays: Iterable[Array], folder: Path) -> NoReturn:
@@ -76,4 +86,5 @@ class Saved:
                 if self._file.readinto(array.reshape(-1).view("uint8").data) != array.nbytes:
                     raise TrainingFailed("the state of a training that went on in smaller pieces is not whole")
         backend.optimizer.steps = len(self._progress.losses)
+        self._progress.backed_off += 1
         return self._progress

@@ -147,7 +147,6 @@ def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
     pressure = Pressure(
         [row for row in rows if row.peak_bytes < plan.chosen.peak_bytes], own_cgroup=bool(job.get("cgroup"))
     )
-    smaller: CostRow | None = None
     last = 0.0
 
     def progress(step: int, loss: float) -> None:
@@ -158,23 +157,20 @@ def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
             last = now
             emit(step=step, steps=plan.steps, loss=round(loss, 5))
 
-    def short() -> bool:
-        nonlocal smaller
-        smaller = pressure.short()
-        return smaller is not None
-
+    if saved:
+        emit(step=len(done.losses), steps=plan.steps, loss=done.losses[-1], smaller=to_plain(plan.chosen))
     try:
-        run(backend, data, plan, done, progress, cache, short)
+        while not run(backend, data, plan, done, progress, cache, pressure.is_short):
+            done.peak_bytes = max(done.peak_bytes, process_memory().get("VmHWM", 0))
+            kept = {"started": job.get("started", STARTED), "first": job.get("first", job["plan"]["chosen"])}
+            chosen = {"plan": {**job["plan"], "chosen": to_plain(pressure.smaller)}}
+            with contextlib.suppress(OSError):  # no room on the disk: go on as it is
+                begin_again({**job, **kept, **chosen}, done, backend.arrays(), Path(job["update"]).parent)
+            pressure.give_up()
     finally:
         if cache is not None:
             cache.close()
-    done.peak_bytes = peak = max(done.peak_bytes, process_memory().get("VmHWM", 0))
-    if smaller is not None:
-        emit(step=len(done.losses), steps=plan.steps, loss=done.losses[-1], smaller=to_plain(smaller))
-        done.backed_off += 1
-        next_job = {**job, "plan": {**job["plan"], "chosen": to_plain(smaller)}, "started": job.get("started", STARTED)}
-        next_job["first"] = job.get("first", job["plan"]["chosen"])
-        begin_again(next_job, done, backend.arrays(), Path(job["update"]).parent)
+    peak = max(done.peak_bytes, process_memory().get("VmHWM", 0))
     first: CostRow = from_plain(CostRow, job["first"], "plan") if "first" in job else plan.chosen
     held_out = (
         accuracy(backend, Corpus(Path(job["test_corpus"])), plan.chosen.micro_batch) if job.get("test_corpus") else None

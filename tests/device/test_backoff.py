@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,34 +40,41 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_memory_is_short_below_half_of_the_reserve(memory: dict[str, int]) -> None:
     pressure = Pressure(rows(150, 120), own_cgroup=True)
     memory["left"] = reserve_bytes(LIMIT) // 2
-    assert pressure.short() is None
+    assert not pressure.is_short()
     memory["left"] -= 1
-    assert pressure.short() is not None
+    assert pressure.is_short()
+    pressure.give_up()
+    assert not pressure.is_short()
 
 
 def test_what_the_next_step_takes_again_is_not_left(memory: dict[str, int]) -> None:
     pressure = Pressure(rows(150, 120), own_cgroup=True)
     memory |= {"left": 60 * MIB, "VmRSS": 140 * MIB}  # torch gives its tensors back between steps
-    assert pressure.short() is not None
+    assert pressure.is_short()
     memory["VmRSS"] = 200 * MIB
-    assert pressure.short() is None
+    assert not pressure.is_short()
 
 
 def test_the_largest_that_restores_the_reserve_is_taken_or_the_smallest(memory: dict[str, int]) -> None:
     pressure = Pressure(rows(195, 190, 150, 120), own_cgroup=True)
     memory["left"] = 4 * MIB
-    chosen = pressure.short()
-    assert chosen and chosen.peak_bytes == 150 * MIB == max(
-        row.peak_bytes for row in rows(195, 190, 150, 120) if row.peak_bytes <= 200 * MIB - (RESERVE_BYTES - 4 * MIB)
+    assert pressure.is_short() and pressure.smaller
+    assert (
+        pressure.smaller.peak_bytes
+        == 150 * MIB
+        == max(
+            row.peak_bytes
+            for row in rows(195, 190, 150, 120)
+            if row.peak_bytes <= 200 * MIB - (RESERVE_BYTES - 4 * MIB)
+        )
     )
     memory["left"] = -200 * MIB
-    smallest = pressure.short()
-    assert smallest and smallest.peak_bytes == 120 * MIB
+    assert pressure.is_short() and pressure.smaller.peak_bytes == 120 * MIB
 
 
 def test_without_anything_smaller_it_goes_on(memory: dict[str, int]) -> None:
     memory["left"] = 0
-    assert Pressure([], own_cgroup=False).short() is None
+    assert not Pressure([], own_cgroup=False).is_short()
 
 
 class Backend:
@@ -115,14 +123,14 @@ def test_going_on_from_what_was_passed_gives_the_bits_of_never_having_stopped(
     before = Backend(optimizer)
     for seed in range(5):
         before.step(seed)
-    progress = Progress([0.5] * 5, 2.0, 1.5, 0.1, 77, 1)
+    progress = Progress([0.5] * 5, 2.0, 1.5, 0.1, 77, backed_off=1)
     with pytest.raises(passed_on["error"]):
         begin_again({"job": "train", "depth": 2}, progress, before.arrays(), tmp_path)
     assert list(tmp_path.iterdir()) == [], "the file has no name: nobody has to delete it"
     saved = Saved(passed_on["descriptor"])
     assert saved.job == {"job": "train", "depth": 2}
     after = Backend(optimizer)
-    assert saved.restore(after) == progress  # type: ignore[arg-type]
+    assert saved.restore(after) == dataclasses.replace(progress, backed_off=2)  # type: ignore[arg-type]
     for seed in range(5, 10):
         before.step(seed)
         after.step(seed)
