@@ -242,11 +242,7 @@ class GraphBackend:
             self._backward(last, kept, kept.pop("out"))
             self._drop_sums()
 
-        def rest() -> None:
-            self._head_backward(self._embed(batch), piece.hidden, 1.0)
-            self._drop_sums()
-
-        return {"forward": forward, "train": train, "rest": rest}
+        return {"forward": forward, "train": train}
 
     def _drop_sums(self) -> None:
         for name in self._sums.names():

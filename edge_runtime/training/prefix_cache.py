@@ -19,8 +19,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import stat
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,8 +26,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.errors import StoreError
 from edge_runtime.model import ModelSpec
+from edge_runtime.training.cache_folders import (
+    FEATURES,
+    FOLDER,
+    evict,
+    free_bytes,
+    in_memory,
+    lock,
+    open_private,
+    private_folder,
+    remove,
+    used_bytes,
+)
 from edge_runtime.training.corpus import Corpus
 from edge_runtime.weights import MappedTensor
 
@@ -38,12 +47,9 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-FOLDER, FEATURES, MARKS = "prefixes", "features.f16", "marks"
 ITEM, MARK_BYTES = 2, 8
-MAX_BYTES = 2 << 30  # of all caches of a device
 RESERVE_BYTES = 256 << 20  # disk space that is left to everybody else
 USEFUL_SHARE = 0.1  # of the examples; with fewer, looking them up is not worth it
-IN_MEMORY = ("tmpfs", "ramfs", "rootfs", "devtmpfs")
 
 
 @dataclass(frozen=True)
@@ -135,21 +141,21 @@ class PrefixCache:
             if wanted < _useful(corpus):
                 evict(root, max_bytes, keep="")  # the bound holds for what an earlier, larger one left
                 return None
-            _private_folder(folder)
-            marks = _lock(folder)
+            private_folder(folder)
+            marks = lock(folder)
             if marks is None:
                 return None
             descriptors.append(marks)
-            features = _open_private(folder / FEATURES)
+            features = open_private(folder / FEATURES)
             descriptors.append(features)
             _resize(features, marks, corpus, hidden, wanted)
             evict(root, max_bytes, key)
-            fits = _fitting(corpus, hidden, max_bytes - _used_bytes(root, but=key))  # others may be in use
+            fits = _fitting(corpus, hidden, max_bytes - used_bytes(root, but=key))  # others may be in use
             if fits < wanted:
                 _resize(features, marks, corpus, hidden, fits)
             cache = cls(corpus, key, hidden, features, marks, fits)
-            if fits < _useful(corpus) or not (cache.num_held or _free_bytes(features) > RESERVE_BYTES):
-                _remove(folder)
+            if fits < _useful(corpus) or not (cache.num_held or free_bytes(features) > RESERVE_BYTES):
+                remove(folder)
                 return None
             os.posix_fadvise(features, 0, 0, os.POSIX_FADV_RANDOM)  # neighbours on disk are not neighbours in a batch
             os.utime(marks)
@@ -199,7 +205,7 @@ class PrefixCache:
             raise ValueError(f"features of shape {hidden.shape} with lengths {list(lengths)}, wanted {expected}")
         new = [(row, i) for row, i in enumerate(indices) if i < self._fits and not self._has(i)]
         try:
-            if not self._enabled or not new or _free_bytes(self._features) < RESERVE_BYTES:
+            if not self._enabled or not new or free_bytes(self._features) < RESERVE_BYTES:
                 return
             for row, i in new:
                 with np.errstate(over="ignore"):
@@ -301,71 +307,6 @@ class PrefixCache:
                     os.ftruncate(descriptor, 0)
 
 
-def free_share(root: Path) -> int:
-    """What all caches below a folder may take: a quarter of the disk's free space and theirs, at most MAX_BYTES."""
-    try:
-        disk = os.statvfs(root)
-    except OSError:
-        return 0
-    own = sum(f.stat().st_blocks * 512 for f in (root / "prefixes").glob("*/*") if f.is_file())
-    return min(MAX_BYTES, (disk.f_bavail * disk.f_frsize + own) // 4)
-
-
-def evict(root: Path, max_bytes: int, keep: str) -> None:
-    """Delete the caches that were not used for longest until all take at most `max_bytes`; never `keep` or one in use."""
-    for _, folder in sorted((_last_use(folder), folder) for folder in _caches(root)):
-        if _used_bytes(root) <= max_bytes:
-            return
-        if folder.name != keep:
-            with suppress(OSError):
-                lock = _lock(folder)
-                if lock is not None:
-                    try:
-                        _remove(folder)
-                    finally:
-                        os.close(lock)
-
-
-def delete_all(root: Path) -> None:
-    """Delete every cache below the cache folder `root`; a process that has one open loses it when it closes it.
-
-    Raises:
-        StoreError: something is left.
-    """
-    try:
-        shutil.rmtree(root / FOLDER)
-    except FileNotFoundError:
-        if (root / FOLDER).exists():  # what vanished was inside: another process deletes, too
-            delete_all(root)
-    except OSError as error:
-        raise StoreError(f"cannot delete {root / FOLDER} ({error}): it holds what training texts became") from error
-
-
-def in_memory(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
-    """Whether files at `path`, or at what exists of it, would take memory: tmpfs, zram, or an overlay that writes to one.
-
-    True also where the system does not tell. The file's format is in proc_pid_mountinfo(5).
-    """
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    try:
-        device = path.stat().st_dev
-        lines = mounts.read_text(errors="surrogateescape").splitlines()
-    except OSError:
-        return True
-    for line in lines:
-        place, _, system = line.partition(" - ")
-        kind, source, options = (*system.split(" "), "", "", "")[:3]
-        if place.split(" ")[2:3] != [f"{os.major(device)}:{os.minor(device)}"]:
-            continue
-        if kind in IN_MEMORY or source.startswith("/dev/zram"):
-            return True
-        upper = next((Path(o[9:]) for o in options.split(",") if o.startswith("upperdir=")), None)
-        if kind == "overlay" and upper and upper.exists() and upper.stat().st_dev != device:
-            return in_memory(upper, mounts)
-    return False
-
-
 def _fitting(corpus: Corpus, hidden: int, max_bytes: int) -> int:
     """How many examples, counted from the first, have room."""
     import numpy as np
@@ -391,82 +332,6 @@ def _resize(features: int, marks: int, corpus: Corpus, hidden: int, fits: int) -
     """Claim the room of that many examples, most of it a hole as yet, so that the size tells others what will be used."""
     os.ftruncate(features, int(corpus.starts[fits]) * ITEM * hidden)
     os.ftruncate(marks, MARK_BYTES * fits)
-
-
-def _private_folder(folder: Path) -> None:
-    """Make a folder and the one above for the owner alone."""
-    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder.mkdir(exist_ok=True, mode=0o700)
-    for path in (folder.parent, folder):
-        os.chmod(path, 0o700)
-
-
-def _open_private(path: Path) -> int:
-    """A descriptor of a file that its owner alone can read. An OSError where the file system knows no such thing (FAT)."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        os.fchmod(descriptor, 0o600)
-        if os.fstat(descriptor).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise PermissionError(errno.EPERM, "others can read it", str(path))
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _lock(folder: Path) -> int | None:
-    """The cache's marks, held for one process, or None if another has them. Closing the descriptor lets go."""
-    import fcntl
-
-    descriptor = _open_private(folder / MARKS)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.stat(folder / MARKS)):  # else it was deleted before we had it
-            return descriptor
-    except BlockingIOError:
-        pass
-    except OSError:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None
-
-
-def _remove(folder: Path) -> None:
-    """Delete a cache whose lock we hold: the marks last, because they are the lock."""
-    for name in (FEATURES, MARKS):
-        (folder / name).unlink(missing_ok=True)
-    folder.rmdir()
-
-
-def _caches(root: Path) -> list[Path]:
-    """The folders of all caches."""
-    try:
-        return [path for path in (root / FOLDER).iterdir() if path.is_dir()]
-    except OSError:
-        return []
-
-
-def _last_use(folder: Path) -> float:
-    try:
-        return (folder / MARKS).stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _used_bytes(root: Path, *, but: str = "") -> int:
-    """Bytes that all caches together take when they are full."""
-    total = 0
-    for folder in _caches(root):
-        for name in (FEATURES, MARKS):
-            with suppress(OSError):
-                total += (folder / name).stat().st_size if folder.name != but else 0
-    return total
-
-
-def _free_bytes(descriptor: int) -> int:
-    system = os.fstatvfs(descriptor)
-    return system.f_bavail * system.f_frsize
 
 
 def _read_all(descriptor: int, array: Array, offset: int) -> bool:

@@ -11,12 +11,13 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from edge_runtime.cost import GRAPH_BACKEND, Calibration, Point, between, graph_law_bytes, law_bytes
+from edge_runtime.cost import GRAPH_BACKEND, Calibration, Point, between, graph_law_bytes, law_bytes, trained_size
 from edge_runtime.errors import TrainingFailed
 from edge_runtime.hardware import process_memory, profile, reset_peak
 from edge_runtime.model import ModelSpec
@@ -28,9 +29,9 @@ from edge_runtime.weights import MappedTensor
 if TYPE_CHECKING:
     from edge_runtime.graphs.bundle import GraphSet
 
-FEW, MANY = 2, 16  # examples of a small and a large micro-batch
-GRAPH_SIZES = (1, 4, 16)  # examples of the micro-batches whose peak is measured, as far as memory goes
-GRAPH_TIMED = (1, 4)  # whose seconds are
+SIZES = (1, 4, 16)  # examples of the micro-batches that are measured, as far as memory goes
+FEW = 2  # examples of torch's, whose peak is measured
+ENOUGH_S = 0.15  # of measuring the same again
 UPDATED = 1 << 20  # values of the tensor that times the optimizer
 
 
@@ -70,14 +71,14 @@ def measure_torch(probed: Probed) -> Calibration:
     from edge_runtime.training.torch_backend import TorchBackend
 
     spec, length = probed.spec, max(4, min(probed.mean, probed.spec.max_length))
-    backend = TorchBackend(spec, probed.weights, probed.plan("torch", 1, FEW), probed.threads)
-    few, many = probed.batch(FEW, length), probed.batch(MANY, length)
+    backend = TorchBackend(spec, probed.weights, probed.plan("torch", 1, max(SIZES)), probed.threads)
+    few = probed.batch(FEW, length)
     for _ in range(3):
         backend.step(few)
     backend.touch()
     peak = process_memory()["VmHWM"]
     runtime = max(0, peak - law_bytes(spec, 1, False, FEW * length, 1, "sgd"))
-    return Calibration("torch", runtime, **seconds(backend, probed, (few, many)))
+    return Calibration("torch", runtime, **seconds(backend, probed, 1, SIZES))
 
 
 def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibration:
@@ -88,13 +89,13 @@ def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibrati
     room = hardware_room()
 
     def backend_of(depth: int) -> GraphBackend:
-        plan = probed.plan(GRAPH_BACKEND, depth, max(GRAPH_SIZES))
+        plan = probed.plan(GRAPH_BACKEND, depth, max(SIZES))
         return GraphBackend(spec, probed.weights, plan, graphs, probed.threads, scratch)
 
     def peaks(backend: GraphBackend, depth: int) -> tuple[Point, ...]:
         points: list[Point] = []
         rank = probed.rank if depth else 0
-        for size in GRAPH_SIZES:
+        for size in SIZES:
             tokens = size * longest
             if len(points) > 1 and between(points, tokens) * 1.2 > room:
                 break
@@ -113,7 +114,7 @@ def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibrati
     return Calibration(
         GRAPH_BACKEND,
         0,
-        **seconds(backend, probed, [probed.batch(size, probed.mean) for size in GRAPH_TIMED]),
+        **seconds(backend, probed, depth, SIZES[: len(block)]),
         rank=probed.rank,
         precision=probed.precision,
         head_peaks=head,
@@ -124,19 +125,30 @@ def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibrati
 
 
 class Timed(Protocol):
-    """What the seconds of a step are made of, as a backend offers them to be measured."""
+    """A backend whose seconds can be measured."""
 
-    def timed(self, batch: Batch) -> dict[str, Callable[[], object]]: ...
+    def step(self, batch: Batch) -> float:
+        """A whole step."""
+
+    def timed(self, batch: Batch) -> dict[str, Callable[[], object]]:
+        """One block forward, and one forward and backward."""
 
 
-def seconds(backend: Timed, probed: Probed, batches: Sequence[Batch]) -> dict[str, Any]:
-    """The seconds of a calibration, from micro-batches of two sizes."""
-    found = {"update_per_parameter_s": update_s(probed.optimizer)}
-    parts = [(batch.ids.size, backend.timed(batch)) for batch in batches]
-    for what in ("forward", "train", "rest"):
-        fixed, per_token = line([(tokens, median_s(part[what])) for tokens, part in parts])
-        found |= {f"{what}_fixed_s": fixed, f"{what}_per_token_s": per_token}
-    return found
+def seconds(backend: Timed, probed: Probed, depth: int, sizes: Sequence[int]) -> dict[str, Any]:
+    """The seconds of a calibration. What a step of `depth` blocks takes besides its blocks and its update is the rest."""
+    spec, points = probed.spec, dict[str, list[tuple[int, float]]](forward=[], train=[], rest=[])
+    sgd = update_s("sgd") * trained_size(spec, depth, probed.rank)
+    for size in sizes:
+        batch = probed.batch(size, probed.mean)
+        found = {what: median_s(work) for what, work in backend.timed(batch).items()}
+        blocks = depth * found["train"] + (spec.num_blocks - depth) * found["forward"]
+        found["rest"] = max(0.0, median_s(partial(backend.step, batch)) - blocks - sgd)
+        for what, taken in found.items():
+            points[what].append((batch.ids.size, taken))
+    lines = {"update_per_parameter_s": update_s(probed.optimizer)}
+    for what, measured in points.items():
+        lines[f"{what}_fixed_s"], lines[f"{what}_per_token_s"] = line(measured)
+    return lines
 
 
 def in_child(measure: Callable[[], tuple[Point, ...]]) -> tuple[Point, ...]:
@@ -167,11 +179,17 @@ def hardware_room() -> int:
     return profile(speed=False).memory_available_bytes + process_memory()["VmRSS"]
 
 
-def line(points: list[tuple[int, float]]) -> tuple[float, float]:
-    """The line through two points (x, y) -> (its value at 0, its slope), neither below 0."""
-    (x0, y0), (x1, y1) = points
-    slope = max(0.0, (y1 - y0) / max(1, x1 - x0))
-    return max(0.0, y0 - slope * x0), slope
+def line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """The line with the least squares of relative errors -> (its value at 0, its slope), neither below 0."""
+    x, y = (np.array(values, float) for values in zip(*points, strict=True))
+    weight = 1 / np.maximum(y, 1e-9)
+    slope_alone = float((weight * weight * x * y).sum() / (weight * weight * x * x).sum())
+    if len(points) < 2:
+        return 0.0, slope_alone
+    fixed, slope = np.linalg.lstsq(np.stack([weight, x * weight], 1), y * weight, rcond=None)[0].tolist()
+    if fixed < 0:
+        return 0.0, slope_alone
+    return (fixed, slope) if slope > 0 else (float(y.mean()), 0.0)
 
 
 def update_s(optimizer: str) -> float:
@@ -183,14 +201,16 @@ def update_s(optimizer: str) -> float:
         update.begin_step()
         update.update("probe", weight, gradient)
 
-    return median_s(once, 5) / UPDATED
+    return median_s(once) / UPDATED
 
 
-def median_s(work: Callable[[], object], repeats: int = 7) -> float:
-    """Median wall seconds of a call, after one to warm up."""
-    times = []
-    for _ in range(repeats + 1):
+def median_s(work: Callable[[], object]) -> float:
+    """Median wall seconds of a call, after one to warm up: of as many as go into ENOUGH_S, of two at least."""
+    times: list[float] = []
+    work()
+    end = time.perf_counter() + ENOUGH_S
+    while len(times) < 2 or time.perf_counter() < end:
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
-    return sorted(times[1:])[repeats // 2]
+    return sorted(times)[len(times) // 2]

@@ -115,7 +115,8 @@ def open_cache(job: Job, spec: ModelSpec, plan: Plan, data: Corpus) -> PrefixCac
     """
     if not plan.chosen.cached:
         return None
-    from edge_runtime.training.prefix_cache import PrefixCache, evict, free_share, prefix_key
+    from edge_runtime.training.cache_folders import evict, free_share
+    from edge_runtime.training.prefix_cache import PrefixCache, prefix_key
 
     root = Path(job["cache"])
     key = prefix_key(spec, weights_of(job), plan.chosen.depth, data.folder.name, plan.chosen.precision)

@@ -26,8 +26,9 @@ from edge_runtime.data import Example
 from edge_runtime.errors import ModelError, StoreError
 from edge_runtime.store import file_sha256
 from edge_runtime.training import prefix_cache
+from edge_runtime.training.cache_folders import delete_all, evict, in_memory
 from edge_runtime.training.corpus import Corpus, build_corpus
-from edge_runtime.training.prefix_cache import PrefixCache, cache_bytes, delete_all, evict, in_memory, prefix_key
+from edge_runtime.training.prefix_cache import PrefixCache, cache_bytes, prefix_key
 from edge_runtime.weights import MappedTensor, read_safetensors, write_safetensors
 from tests.samples import quickly, small_spec
 from tests.worlds import fill, small_disk
