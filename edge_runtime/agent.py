@@ -284,7 +284,7 @@ class Agent:
     def _start(self, grant: Grant, plan: Plan, limit_bytes: int, attempt: int) -> None:
         assert self.keeper.manifest, "a grant is for the model that is held"
         job = self.session.job(self.keeper.manifest, self.keeper.store, plan)
-        job["update"] = str(self.outbox.draft.absolute())
+        job |= {"update": str(self.outbox.draft.absolute()), "round": f"{grant.run}/{grant.round}"}
         worker = Worker(job, limit_bytes=limit_bytes, threads=self.session.threads, nice=NICENESS)
         self._training = Training(grant, plan, worker, attempt, limit_bytes)
         chosen = plan.chosen

@@ -111,7 +111,8 @@ def graphs_of(job: Job, spec: ModelSpec) -> GraphSet:
 def open_cache(job: Job, spec: ModelSpec, plan: Plan, data: Corpus) -> PrefixCache | None:
     """The cache of the prefix's outputs, where the plan wants one and it pays.
 
-    It pays with several epochs, or in a fleet when the prefix has not changed since the round before.
+    It pays with several epochs, or in a fleet when the prefix has not changed since the round before: a round that is trained
+    again, after a crash, decides as it did the first time, so that it gives the same bits.
     """
     if not plan.chosen.cached:
         return None
@@ -120,14 +121,24 @@ def open_cache(job: Job, spec: ModelSpec, plan: Plan, data: Corpus) -> PrefixCac
 
     root = Path(job["cache"])
     key = prefix_key(spec, weights_of(job), plan.chosen.depth, data.folder.name, plan.chosen.precision)
-    last = root / "last-prefix"
     pays = plan.settings.epochs > 1
     with contextlib.suppress(OSError, StoreError):
-        pays = pays or (last.exists() and last.read_bytes() == key.encode())
-        with atomic_writer(last) as file:
-            file.write(key.encode())
+        pays = prefix_before(root / "last-prefix", key, job.get("round")) == key or pays
         evict(root, free_share(root), key)
     return PrefixCache.open(root, key, data, spec.hidden, free_share(root)) if pays else None
+
+
+def prefix_before(record: Path, key: str, round_: str | None) -> str:
+    """The key of the prefix in the round before this one; `record` remembers this one's. "" if there was none."""
+    try:
+        last_round, last, before = record.read_text().split(" ")
+    except (FileNotFoundError, ValueError):
+        last_round = last = before = ""
+    if round_ is None or last_round != round_:
+        before = last
+    with atomic_writer(record) as file:
+        file.write(f"{round_ or ''} {key} {before}".encode())
+    return before
 
 
 def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:

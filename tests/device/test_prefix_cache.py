@@ -29,6 +29,7 @@ from edge_runtime.training import prefix_cache
 from edge_runtime.training.cache_folders import delete_all, evict, in_memory
 from edge_runtime.training.corpus import Corpus, build_corpus
 from edge_runtime.training.prefix_cache import PrefixCache, cache_bytes, prefix_key
+from edge_runtime.training.worker import prefix_before
 from edge_runtime.weights import MappedTensor, read_safetensors, write_safetensors
 from tests.samples import quickly, small_spec
 from tests.worlds import fill, small_disk
@@ -799,3 +800,19 @@ def test_reading_ahead_holds_two_batches(root: Path, tmp_path: Path) -> None:
     tracemalloc.stop()
     assert peak < 2 * heaviest + example + 200_000
     cache.close()
+
+
+def test_a_round_that_is_trained_again_decides_as_the_first_time(tmp_path: Path) -> None:
+    record = tmp_path / "last-prefix"
+    assert prefix_before(record, "a", "run/1") == ""
+    assert prefix_before(record, "a", "run/1") == "", (
+        "after a crash: the features of its own first try are not of a round before"
+    )
+    assert prefix_before(record, "a", "run/2") == "a"
+    assert prefix_before(record, "a", "run/2") == "a"
+    assert prefix_before(record, "b", "run/3") == "a"
+    record.write_text("damaged")
+    assert prefix_before(record, "b", "run/4") == ""
+    assert prefix_before(record, "b", None) == "b" == prefix_before(record, "b", None), (
+        "without rounds every training counts"
+    )
