@@ -275,6 +275,11 @@ class Ledger:
         )
         return [dict(row) for row in rows]
 
+    def rewind(self, run: str, number: int) -> None:
+        """Forget the rounds of a run after `number` and the models they made, for a simulation that goes on from there."""
+        for table in ("rounds", "members", "contributions", "partials", "models"):
+            self._write(f"DELETE FROM {table} WHERE run = ? AND round > ?", (run, number))
+
     # members and contributions
 
     def set_member(self, run: str, number: int, member: Member) -> None:
