@@ -176,7 +176,7 @@ class VirtualFleet:
                                           "num_examples": device.data.num_examples, "held": device.held}  # fmt: skip
                 fresh.append(device)
         assert self._manifest, "the coordinator holds a model before it opens a round"
-        for device in fresh:
+        for device in sorted(fresh, key=lambda d: self._chance("order", d, self._draws)):  # who comes first by chance
             num_bytes = self.downloads.num_bytes(self._manifest, self._manifest_bytes, device.held)
             seconds = num_bytes / device.kind.downlink_bytes_per_s
             self.clock.at(self.clock.now_s + seconds, self._join, round_, device, num_bytes, seconds)
@@ -273,7 +273,7 @@ class VirtualFleet:
     def _acknowledged(self, device: VirtualDevice, ack: Ack) -> None:
         row = self.rows.get(device.name)
         if row is not None and row["status"] not in ("unable", "gave-up", "dropped"):
-            row["status"] = ack.status
+            row["status"] = "not asked" if ack.status == "late" and "depth" not in row else ack.status
             if ack.status in ("rejected", "excluded"):
                 row["reason"] = ack.reason
 

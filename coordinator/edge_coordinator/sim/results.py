@@ -32,7 +32,7 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.rounds: list[Row] = self._read()
+        self.rounds: list[Row] = _read_rounds(folder / ROUNDS_FILE, repair=True)
 
     def settings(self, wanted: Mapping[str, Any], calibrate: Callable[[], Any]) -> Row:
         """What is being simulated: as the folder has it, or `wanted` and a fresh calibration in a new one.
@@ -76,24 +76,25 @@ class Results:
                 written.append(_write_parquet(self.folder / f"{name}.parquet", rows))
         return written
 
-    def _read(self) -> list[Row]:
-        path = self.folder / ROUNDS_FILE
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
-        try:
-            return [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
-            raise StoreError(f"{path} is damaged ({error}): simulate into another folder") from None
+
+def _read_rounds(path: Path, *, repair: bool) -> list[Row]:
+    """Every whole line; with `repair` what a kill left of a last one is removed."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    whole = data[: data.rfind(b"\n") + 1]
+    if repair and len(whole) < len(data):
+        with disk_errors(path), path.open("r+b") as file:
+            file.truncate(len(whole))
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged ({error}): simulate into another folder") from None
 
 
 def read_results(folder: Path) -> tuple[Row, list[Row]]:
-    """-> (sim.json, the rounds) of a finished or unfinished simulation.
+    """-> (sim.json, the rounds) of a simulation that is finished, stopped or under way.
 
     Raises:
         UsageError: there is none in the folder.
@@ -101,7 +102,7 @@ def read_results(folder: Path) -> tuple[Row, list[Row]]:
     settings = read_json(folder / SETTINGS_FILE)
     if settings is None:
         raise UsageError(f"{folder} holds no simulation: there is no {SETTINGS_FILE}")
-    return settings, Results(folder).rounds
+    return settings, _read_rounds(folder / ROUNDS_FILE, repair=False)
 
 
 def flat(row: Mapping[str, Any]) -> Row:

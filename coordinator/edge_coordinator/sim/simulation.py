@@ -33,7 +33,7 @@ from edge_runtime.manifest import Manifest
 from edge_runtime.model import ModelSpec
 from edge_runtime.source import Checkpoint, Source
 from edge_runtime.store import cache_folder, file_sha256
-from edge_runtime.topics import Topics
+from edge_runtime.topics import COORDINATOR, Topics
 from edge_runtime.training.corpus import Corpus
 from edge_runtime.training.process import model_job, run_worker
 from edge_runtime.transport import LocalBroker, LocalTransport, Message
@@ -120,8 +120,8 @@ class Simulation:
         self._opened_s = self.clock.now_s
         self._counts: dict[str, int] = {}  # of the round that is open
         self._ended: dict[str, Any] = {}  # the coordinator's event that ended a round, until it is in the results
-        transport = LocalTransport(self.broker, "coordinator", Topics(config.realm).coordinator_filters())
-        self.server = Server(config, self.fleet.ledger, self.models, transport, self._happened, clock=self.clock)
+        self._transport = LocalTransport(self.broker, COORDINATOR, Topics(config.realm).coordinator_filters())
+        self.server = Server(config, self.fleet.ledger, self.models, self._transport, self._happened, clock=self.clock)
         self._before = self.server.run.manifest
         self._hold()
 
@@ -137,7 +137,7 @@ class Simulation:
             KeyboardInterrupt: `keep_going` turned False; what is done is kept.
             TrainingFailed: this machine could not train an update.
         """
-        self.server.transport.start()
+        self._transport.start()
         self.virtual.transport.start()
         try:
             if not self.results.rounds:
@@ -155,24 +155,24 @@ class Simulation:
 
     def _settle(self) -> bool:
         """Let everybody read and answer until nobody has anything to say; -> whether the run is finished."""
-        server, transport = self.server, self.virtual.transport
         while True:
-            busy = False
-            while (event := server.transport.next_event(0.0)) is not None:
-                server.handle(event)
-                busy = True
-            server.tick()
+            self._exchange()
+            self.server.tick()
             if self._ended:
                 self._end_round()
-                busy = True
             if self.finished:
                 return True
-            while (event := transport.next_event(0.0)) is not None:
+            if not self._transport.inbox and not self.virtual.transport.inbox:
+                return False
+
+    def _exchange(self) -> None:
+        """Deliver what was sent, and what is sent in answer, until all is read: an answer counts before the round ends."""
+        while self._transport.inbox or self.virtual.transport.inbox:
+            while (event := self._transport.next_event(0.0)) is not None:
+                self.server.handle(event)
+            while (event := self.virtual.transport.next_event(0.0)) is not None:
                 if isinstance(event, Message):
                     self.virtual.handle(event)
-                busy = True
-            if not busy:
-                return False
 
     def _happened(self, event: dict[str, Any]) -> None:
         """What the coordinator reports: its deadlines become times of the clock."""
