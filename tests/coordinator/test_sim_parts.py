@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 from edge_coordinator.sim.classes import BUILT_IN, deal, parse_shares, read_classes
 from edge_coordinator.sim.clock import Clock
 from edge_coordinator.sim.compare import plot, summarise, text_table
-from edge_coordinator.sim.devices import Downloads, chance
+from edge_coordinator.sim.data import packed
+from edge_coordinator.sim.devices import Downloads, VirtualDevice, chance
 from edge_coordinator.sim.partition import divide, parse_partition
 from edge_coordinator.sim.results import Results
 from edge_coordinator.sim.speed import TRAIN, block_flops, measured_gflops, scaled
@@ -227,6 +229,17 @@ def test_a_device_fetches_what_has_changed_since_the_version_it_holds() -> None:
     assert downloads.num_bytes(second, 50, 2) == 0  # type: ignore[arg-type]
     downloads.changed[3] = 3
     assert downloads.num_bytes(third, 50, 2) == SPEC.part_bytes(3) + 50  # type: ignore[arg-type]
+
+
+def test_a_device_is_a_small_record() -> None:
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    devices = [
+        VirtualDevice(f"device-{i}", BUILT_IN["pi-4"], packed(range(50)), replace(DATA), 1e6) for i in range(1000)
+    ]
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (after - before) / len(devices) < 1000
 
 
 def test_chances_depend_on_all_that_they_are_told_and_are_even() -> None:

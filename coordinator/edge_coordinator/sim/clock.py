@@ -29,11 +29,13 @@ class Clock:
         self._count += 1
 
     def step(self) -> bool:
-        """Go on to the next thing that is due, and do it; False if nothing is."""
+        """Go on to the next time at which something is due, and do all that is due then; False if nothing is."""
         if not self._due:
             return False
-        self.now_s, _, action, arguments = heapq.heappop(self._due)
-        action(*arguments)
+        self.now_s = self._due[0][0]
+        while self._due and self._due[0][0] <= self.now_s:
+            _, _, action, arguments = heapq.heappop(self._due)
+            action(*arguments)
         return True
 
 

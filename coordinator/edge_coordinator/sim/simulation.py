@@ -225,6 +225,7 @@ class Simulation:
         self.virtual.hold(run.manifest, self.models.store.size(run.manifest_blob))
 
     def _write(self, row: Row) -> None:
+        self.fleet.ledger.sync()  # the results are never ahead of the ledger
         self.results.add(row)
         self._progress(row)
 
@@ -283,6 +284,7 @@ class Simulation:
         if ledger.get(MARK) is None and (ledger.devices() or ledger.rounds()):
             raise UsageError(f"{folder} is a real fleet's: `edge-coordinator init` another folder to simulate in")
         ledger.put(MARK, "1")
+        ledger.sync_when_told()
 
     def _rewind(self) -> None:
         """What the ledger has beyond the results is simulated again; trainings that are done are still on disk."""
