@@ -106,22 +106,80 @@ def dirichlet(
     for indices in _by_label(labels).values():
         order = _shuffled(indices, rng)
         begin = 0
-        for device, count in enumerate(_apportion(len(order), _dirichlet_shares(num_devices, alpha, rng))):
+        for device, count in enumerate(_apportion(len(order), _dirichlet_draw([alpha] * num_devices, rng))):
             devices[device] += order[begin : begin + count]
             begin += count
+    _give_to_the_poor(devices, min_examples, rng)
+    return [sorted(indices) for indices in devices]
+
+
+def by_group(groups: Sequence[str], num_devices: int | None = None) -> list[list[int]]:
+    """One device for each group, for example each user of a data set. -> indices of each, ascending; groups sorted.
+
+    With fewer devices than groups the largest groups are taken, and the examples of the others are left out.
+
+    Raises:
+        UsageError: there are fewer groups than devices.
+    """
+    found = _by_label(groups)
+    wanted = len(found) if num_devices is None else num_devices
+    _check_devices(len(groups), wanted, 1)
+    if wanted > len(found):
+        raise UsageError(f"{wanted} devices need as many groups, there are {len(found)}: take fewer devices")
+    kept = set(sorted(found, key=lambda group: (-len(found[group]), group))[:wanted])
+    return [indices for group, indices in found.items() if group in kept]
+
+
+def strength(labels: Sequence[str], ranks: Sequence[int], alpha: float, seed: int) -> list[list[int]]:
+    """Tie labels to groups of devices: each label is shared out between the groups by a draw from a Dirichlet
+    distribution whose mean is the groups' sizes, and evenly within a group. -> indices of each device, ascending.
+
+    Every device holds at least one example, and every example is used once. The smaller alpha, the more of a label is in
+    one group alone: where groups are device classes, whoever leaves out weak devices loses their labels.
+
+    Args:
+        ranks: the group of each device.
+        alpha: concentration for each group, as in `dirichlet` where the groups are of one size.
+
+    Raises:
+        UsageError: alpha is not in (0, `MAX_ALPHA`], or there are fewer examples than devices.
+    """
+    if not 0 < alpha <= MAX_ALPHA:
+        raise UsageError(f"alpha is a number above 0 and up to {MAX_ALPHA:g}, not {alpha}: for an even split use iid")
+    _check_devices(len(labels), len(ranks), 1)
+    members: dict[int, list[int]] = defaultdict(list)
+    for device, rank in enumerate(ranks):
+        members[rank].append(device)
+    groups = sorted(members)
+    alphas = [alpha * len(groups) * len(members[g]) / len(ranks) for g in groups]
+    rng = random.Random(f"strength/{seed}")
+    devices: list[list[int]] = [[] for _ in ranks]
+    for indices in _by_label(labels).values():
+        order = _shuffled(indices, rng)
+        begin = 0
+        for group, count in zip(groups, _apportion(len(order), _dirichlet_draw(alphas, rng)), strict=True):
+            for i in order[begin : begin + count]:
+                poorest = min(members[group], key=lambda device: len(devices[device]))
+                devices[poorest].append(i)
+            begin += count
+    _give_to_the_poor(devices, 1, rng)
+    return [sorted(indices) for indices in devices]
+
+
+def _give_to_the_poor(devices: list[list[int]], min_examples: int, rng: random.Random) -> None:
+    """Let the richest devices give until every one has enough."""
     for poor in devices:
         while len(poor) < min_examples:
             rich = max(devices, key=len)
             poor.append(rich.pop(int(rng.random() * len(rich))))
-    return [sorted(indices) for indices in devices]
 
 
-def _dirichlet_shares(num_devices: int, alpha: float, rng: random.Random) -> list[float]:
-    """A draw from the symmetric Dirichlet distribution: gamma draws over their sum."""
-    draws = [rng.gammavariate(alpha, 1.0) for _ in range(num_devices)]
+def _dirichlet_draw(alphas: Sequence[float], rng: random.Random) -> list[float]:
+    """A draw from a Dirichlet distribution: gamma draws over their sum."""
+    draws = [rng.gammavariate(alpha, 1.0) for alpha in alphas]
     total = math.fsum(draws)
     if total == 0:  # every draw underflowed: alpha is tiny, where the distribution's limit is all to one device
-        draws[int(rng.random() * num_devices)] = total = 1.0
+        draws[int(rng.random() * len(draws))] = total = 1.0
     return [draw / total for draw in draws]
 
 

@@ -1,4 +1,4 @@
-"""The command line of a fleet: `edge-coordinator init | enroll | serve | broker | devices | runs | models`.
+"""The command line of a fleet: `edge-coordinator init | enroll | serve | broker | devices | runs | models | sim`.
 
 Parses, calls, prints. Every command has `--help` with examples; those that scripts read have `--json`. Not here: what the
 coordinator's events say (`server_log.py`). Imports the coordinator and what it may of the device's side; `serve` and
@@ -18,6 +18,7 @@ from pathlib import Path
 from edge_coordinator.fleet import Fleet, init, labels_of
 from edge_coordinator.methods import METHODS, SUMMARIES
 from edge_coordinator.models import describe_versions
+from edge_coordinator.sim.command import add_sim
 from edge_runtime.console import (
     INTERRUPTED,
     Commands,
@@ -34,7 +35,7 @@ from edge_runtime.topics import COORDINATOR, Topics
 from edge_runtime.transport import MqttTransport, Will
 from edge_runtime.version import software
 
-_parser = partial(new_parser, exit_codes=(0, 2, 3, 4, 7, 8, 10, INTERRUPTED))
+_parser = partial(new_parser, exit_codes=(0, 2, 3, 4, 6, 7, 8, 10, INTERRUPTED))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"edge-coordinator {software()}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_init, _add_enroll, _add_serve, _add_broker, _add_devices, _add_runs, _add_models):
+    for add in (_add_init, _add_enroll, _add_serve, _add_broker, _add_devices, _add_runs, _add_models, add_sim):
         add(commands)
     return top
 

@@ -126,6 +126,19 @@ class Ledger:
         """Release the file."""
         self._db.close()
 
+    def sync_when_told(self) -> None:
+        """From now on a power cut may take the transactions since the last `sync`; the end of this process none of them.
+
+        For a simulation, which can do a round again; never for a fleet, whose devices delete what is committed.
+        """
+        with _sqlite_errors():
+            self._db.execute("PRAGMA synchronous=NORMAL")
+
+    def sync(self) -> None:
+        """Everything that was written is on the disk when this returns."""
+        with _sqlite_errors():
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """All or nothing, durable when it returns.
@@ -198,7 +211,7 @@ class Ledger:
 
     def revoked(self) -> set[str]:
         """The devices that may not connect any more."""
-        return {row["device"] for row in self.devices() if row["revoked"]}
+        return {row["device"] for row in self._rows("SELECT device FROM devices WHERE revoked")}
 
     def devices(self) -> list[dict[str, Any]]:
         """Every device, without its secret."""
@@ -274,6 +287,11 @@ class Ledger:
             (run, run),
         )
         return [dict(row) for row in rows]
+
+    def rewind(self, run: str, number: int) -> None:
+        """Forget the rounds of a run after `number` and the models they made, for a simulation that goes on from there."""
+        for table in ("rounds", "members", "contributions", "partials", "models"):
+            self._write(f"DELETE FROM {table} WHERE run = ? AND round > ?", (run, number))
 
     # members and contributions
 

@@ -135,6 +135,10 @@ def _cached(backend: Backend, corpus: Corpus, batches: Sequence[Sequence[int]], 
 
 def accuracy(backend: Backend, corpus: Corpus, batch_size: int) -> float:
     """Share of a data set that the model classifies rightly."""
-    order = sorted(range(len(corpus)), key=lambda i: int(corpus.starts[i + 1] - corpus.starts[i]))
-    right = sum(backend.correct(corpus.batch(order[i : i + batch_size])) for i in range(0, len(order), batch_size))
-    return right / len(corpus)
+    return right_of(backend, corpus, range(len(corpus)), batch_size) / len(corpus)
+
+
+def right_of(backend: Backend, corpus: Corpus, indices: Sequence[int], batch_size: int) -> int:
+    """How many of these examples the model classifies rightly."""
+    order = sorted(indices, key=lambda i: int(corpus.starts[i + 1] - corpus.starts[i]))
+    return sum(backend.correct(corpus.batch(order[i : i + batch_size])) for i in range(0, len(order), batch_size))

@@ -1,7 +1,7 @@
 """The training process: one job in as JSON on standard input, JSON lines out. Its exit returns all its memory.
 
 Started by `process.py` as `python -m edge_runtime.training.worker`; ends when its standard input closes, so that it never
-outlives an agent that was killed. Jobs: `corpus` (tokenise), `probe` (calibrate), `train`, `derive` (training graphs).
+outlives an agent that was killed. Jobs: `corpus` (tokenise), `probe` (calibrate), `train`, `evaluate`, `derive` (training graphs).
 """
 
 from __future__ import annotations
@@ -230,6 +230,21 @@ def probe(job: Job) -> dict[str, Any]:
     return {"calibration": to_plain(found)}
 
 
+def evaluate(job: Job) -> dict[str, Any]:
+    """Classify a tokenised data set; -> for each label how many are right, and how many there are."""
+    from edge_runtime.records import TrainSettings
+    from edge_runtime.training.loop import right_of
+
+    spec, size = spec_of(job), job["batch_size"]
+    row = CostRow(0, False, size, 0, 0.0, 0.0, 0, backend=job["backend"])
+    backend = backend_of(job, spec, Plan(row, TrainSettings(batch_size=size), 0))
+    data = Corpus(Path(job["corpus"]))
+    of_label: list[list[int]] = [[] for _ in spec.labels]
+    for i, label in enumerate(data.labels):
+        of_label[int(label)].append(i)
+    return {"right": [right_of(backend, data, part, size) for part in of_label], "total": [len(p) for p in of_label]}
+
+
 def derive(job: Job) -> dict[str, Any]:
     """Derive a model's training graphs and write them to a file."""
     from edge_runtime.graphs.bundle import encode_graphs
@@ -241,7 +256,13 @@ def derive(job: Job) -> dict[str, Any]:
     return {}
 
 
-JOBS: dict[str, Callable[[Job], dict[str, Any]]] = {"corpus": corpus, "train": train, "probe": probe, "derive": derive}
+JOBS: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "corpus": corpus,
+    "train": train,
+    "probe": probe,
+    "evaluate": evaluate,
+    "derive": derive,
+}
 
 
 def main() -> int:

@@ -58,6 +58,7 @@ def flags() -> dict[str, dict[str, set[str]]]:
         found[program] = {"": set(FLAG.findall(top))}
         for command in commands:
             found[program][command] = set(FLAG.findall(help_of(main, [command])))
+    found["edge-coordinator"]["sim"] |= set(FLAG.findall(help_of(coordinator.main, ["sim", "compare"])))
     return found
 
 
@@ -86,7 +87,17 @@ def mentions(document: str) -> Iterator[tuple[str, list[str]]]:
 
 def test_both_commands_have_their_commands(flags: dict[str, dict[str, set[str]]]) -> None:
     assert set(flags["edge-runtime"]) == {"", "profile", "plan", "train", "join", "export", "predict"}
-    assert set(flags["edge-coordinator"]) == {"", "init", "enroll", "serve", "broker", "devices", "runs", "models"}
+    assert set(flags["edge-coordinator"]) == {
+        "",
+        "init",
+        "enroll",
+        "serve",
+        "broker",
+        "devices",
+        "runs",
+        "models",
+        "sim",
+    }
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
@@ -228,6 +239,32 @@ def test_memory_has_the_constants_of_the_law() -> None:
 def test_methods_lists_every_method() -> None:
     document = text(ROOT / "docs" / "methods.md")
     assert set(re.findall(r"^\| `([a-z-]+)` \|", document, re.MULTILINE)) == set(METHODS)
+
+
+def test_simulation_lists_classes_with_their_figures_partitions_and_keys() -> None:
+    from edge_coordinator.sim.classes import BUILT_IN, KEYS
+    from edge_coordinator.sim.partition import HELP
+
+    document = text(ROOT / "docs" / "simulation.md")
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| .+? \| (\d+) (MiB|GiB) \| ([\d.]+) \|", document, re.MULTILINE)
+    shown = {name: (int(size) << {"MiB": 20, "GiB": 30}[unit], float(gflops)) for name, size, unit, gflops in rows}
+    assert set(shown) == set(BUILT_IN)
+    for name, (budget, gflops) in shown.items():
+        assert BUILT_IN[name].memory_bytes == budget
+        assert BUILT_IN[name].gflops == pytest.approx(gflops, rel=0.01)
+    assert set(re.findall(r"^\| `([a-z]+)[:`]", document, re.MULTILINE)) - {"rounds", "sim"} == set(
+        re.findall(r"(?:^|; )([a-z]+)", HELP)
+    )
+    (block,) = re.findall(r"```toml\n(.+?)```", document, re.DOTALL)
+    assert set(re.findall(r"^([a-z]+) = ", block, re.MULTILINE)) == set(KEYS)
+
+
+def test_the_class_file_of_the_document_is_one_that_can_be_read(tmp_path: Path) -> None:
+    from edge_coordinator.sim.classes import read_classes
+
+    (block,) = re.findall(r"```toml\n(.+?)```", text(ROOT / "docs" / "simulation.md"), re.DOTALL)
+    (tmp_path / "my.toml").write_text(block)
+    assert read_classes(tmp_path / "my.toml")["gateway"].availability == 0.8
 
 
 def test_round_lists_the_states_of_a_member() -> None:

@@ -1,0 +1,1 @@
+"""Simulation: many virtual devices on one machine under the real coordinator. The modules are imported by the CLI when it runs."""

@@ -1,0 +1,124 @@
+"""Trains updates in worker processes, so many at a time, whoever is due first in virtual time first.
+
+The workers are the device's own (`edge_runtime.training.process`), one process for each training. A training that is done
+is on disk with its report, so that a simulation which was killed does not repeat it. No virtual time, no messages.
+"""
+
+from __future__ import annotations
+
+import heapq
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.errors import TrainingFailed
+from edge_runtime.records import TrainReport
+from edge_runtime.store import make_folder, read_json, write_json
+from edge_runtime.training.process import Worker
+from edge_runtime.wire import from_plain
+
+POLL_S = 0.02
+MakeJob = Callable[[Path], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training's end: where its update lies and its report, or why there is none."""
+
+    update: Path
+    report: TrainReport | None
+    failure: str = ""
+
+
+class Pool:
+    """The trainings of one round."""
+
+    def __init__(self, folder: Path, workers: int, threads: int, keep_going: Callable[[], bool]) -> None:
+        """Args: folder: for updates and reports that are done; `keep_going` turns False when the user wants to stop."""
+        self._folder, self._workers, self._threads, self._keep_going = folder, workers, threads, keep_going
+        self._waiting: list[tuple[float, str, MakeJob]] = []
+        self._running: dict[str, Worker] = {}
+        self._done: dict[str, Trained] = {}
+        make_folder(folder, mode=0o700)
+
+    def submit(self, due_s: float, name: str, make_job: MakeJob) -> None:
+        """Train for `name` some time; `make_job(scratch)` gives the worker's job when it begins."""
+        report = read_json(self._folder / f"{name}.json")
+        if report is not None:
+            self._done[name] = self._read(name, report)
+            return
+        heapq.heappush(self._waiting, (due_s, name, make_job))
+        self._fill()
+
+    def wait(self, name: str) -> Trained:
+        """The end of a training that was submitted.
+
+        Raises:
+            KeyboardInterrupt: the user wants to stop.
+            TrainingFailed: its process was killed, or this machine's memory is too small for it.
+        """
+        while name not in self._done:
+            if not self._keep_going():
+                raise KeyboardInterrupt
+            self._fill()
+            if not self._poll():
+                time.sleep(POLL_S)
+        return self._done[name]
+
+    def end_round(self) -> None:
+        """Stop what runs, and forget this round's trainings, on disk too."""
+        self.close()
+        self._done.clear()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        make_folder(self._folder, mode=0o700)
+
+    def close(self) -> None:
+        """Stop what runs; what is done stays on disk."""
+        for name, worker in self._running.items():
+            worker.close()
+            shutil.rmtree(self._scratch(name), ignore_errors=True)
+        self._running.clear()
+        self._waiting.clear()
+
+    def _fill(self) -> None:
+        while self._waiting and len(self._running) < self._workers:
+            _, name, make_job = heapq.heappop(self._waiting)
+            scratch = self._scratch(name)
+            shutil.rmtree(scratch, ignore_errors=True)
+            make_folder(scratch, mode=0o700)
+            job = {**make_job(scratch), "update": str((self._folder / f"{name}.update").absolute())}
+            self._running[name] = Worker(job, limit_bytes=None, threads=self._threads)
+
+    def _poll(self) -> bool:
+        """Read from every worker; -> whether one has ended."""
+        ended = False
+        for name, worker in list(self._running.items()):
+            try:
+                while (line := worker.poll(0.0)) is not None:
+                    if "result" in line:
+                        ended = self._end(name, line["result"]["report"])
+                        break
+            except TrainingFailed as error:
+                if error.killed or error.out_of_memory:
+                    raise  # of this machine's doing, not of the simulated device's
+                ended = self._end(name, {"failure": str(error)})
+        return ended
+
+    def _end(self, name: str, report: dict[str, Any]) -> bool:
+        del self._running[name]
+        shutil.rmtree(self._scratch(name), ignore_errors=True)
+        write_json(self._folder / f"{name}.json", report)
+        self._done[name] = self._read(name, report)
+        return True
+
+    def _read(self, name: str, report: dict[str, Any]) -> Trained:
+        update = self._folder / f"{name}.update"
+        if "failure" in report:
+            return Trained(update, None, report["failure"])
+        return Trained(update, from_plain(TrainReport, report, "report"))
+
+    def _scratch(self, name: str) -> Path:
+        return self._folder / f"{name}.scratch"

@@ -1,0 +1,141 @@
+"""A simulation's results: one JSON line a round while it runs, tables at its end. No clock, no ledger.
+
+    sim.json       what was simulated: options, classes, calibration
+    rounds.jsonl   a line a round, with what every device did in it
+    rounds.csv     the same as a table, without the devices; .parquet too where pyarrow is installed
+    devices.csv    a row for each device and round
+
+A line is written in one piece and synced before the next round counts: a line cut off by a kill is no line.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.errors import StoreError, UsageError
+from edge_runtime.optional import require
+from edge_runtime.store import atomic_writer, disk_errors, read_json, write_json
+
+SETTINGS_FILE, ROUNDS_FILE = "sim.json", "rounds.jsonl"
+Row = dict[str, Any]
+
+
+class Results:
+    """The result files in a simulation's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rounds: list[Row] = _read_rounds(folder / ROUNDS_FILE, repair=True)
+
+    def settings(self, wanted: Mapping[str, Any], calibrate: Callable[[], Any]) -> Row:
+        """What is being simulated: as the folder has it, or `wanted` and a fresh calibration in a new one.
+
+        Raises:
+            UsageError: the folder holds results of another simulation; names the first difference.
+        """
+        path = self.folder / SETTINGS_FILE
+        known = read_json(path)
+        if known is None:
+            fresh = {**wanted, "calibration": calibrate()}
+            write_json(path, fresh)
+            return fresh
+        for key, value in json.loads(json.dumps(wanted)).items():
+            if known.get(key) != value:
+                raise UsageError(
+                    f"{self.folder} holds a simulation with another {key}: {known.get(key)!r}, now {value!r}; "
+                    "give the same again to go on with it, or `edge-coordinator init` another folder"
+                )
+        return dict(known)
+
+    def add(self, row: Row) -> None:
+        """Append a round, durably."""
+        path = self.folder / ROUNDS_FILE
+        with disk_errors(path), path.open("ab") as file:
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.rounds.append(row)
+
+    def write_tables(self) -> list[Path]:
+        """rounds.csv and devices.csv, and as Parquet where pyarrow is installed; -> what was written."""
+        rounds = [flat(row) for row in self.rounds]
+        devices = [{"round": row["round"], **device} for row in self.rounds for device in row["devices"]]
+        written = []
+        for name, rows in (("rounds", rounds), ("devices", devices)):
+            if not rows:
+                continue
+            written.append(_write_csv(self.folder / f"{name}.csv", rows))
+            if importlib.util.find_spec("pyarrow"):
+                written.append(_write_parquet(self.folder / f"{name}.parquet", rows))
+        return written
+
+
+def _read_rounds(path: Path, *, repair: bool) -> list[Row]:
+    """Every whole line; with `repair` what a kill left of a last one is removed."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    whole = data[: data.rfind(b"\n") + 1]
+    if repair and len(whole) < len(data):
+        with disk_errors(path), path.open("r+b") as file:
+            file.truncate(len(whole))
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged ({error}): simulate into another folder") from None
+
+
+def read_results(folder: Path) -> tuple[Row, list[Row]]:
+    """-> (sim.json, the rounds) of a simulation that is finished, stopped or under way.
+
+    Raises:
+        UsageError: there is none in the folder.
+    """
+    settings = read_json(folder / SETTINGS_FILE)
+    if settings is None:
+        raise UsageError(f"{folder} holds no simulation: there is no {SETTINGS_FILE}")
+    return settings, _read_rounds(folder / ROUNDS_FILE, repair=False)
+
+
+def flat(row: Mapping[str, Any]) -> Row:
+    """A round without its devices; what is by class becomes a column for each class."""
+    found: Row = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            found |= {f"{key}_{inner}": number for inner, number in value.items()}
+        elif not isinstance(value, list):
+            found[key] = value
+    return found
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every key, in the order in which they appear."""
+    return list({key: None for row in rows for key in row})
+
+
+def _write_csv(path: Path, rows: Sequence[Row]) -> Path:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns(rows), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_writer(path) as file:
+        file.write(text.getvalue().encode())
+    return path
+
+
+def _write_parquet(path: Path, rows: Sequence[Row]) -> Path:
+    pyarrow = require("pyarrow", extra="sim")
+    parquet = require("pyarrow.parquet", extra="sim")
+    names = columns(rows)
+    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    with atomic_writer(path) as file:
+        parquet.write_table(table, file)
+    return path

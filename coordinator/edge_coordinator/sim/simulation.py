@@ -1,0 +1,422 @@
+"""Simulates a fleet: the real coordinator and virtual devices in one process, by a virtual clock; training in worker processes.
+
+Rounds, methods, ledger, sums and model versions are those of `edge-coordinator serve`, driven here message by message.
+A simulation's folder is a fleet's folder with result files in it; after a kill it goes on from the last round in them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edge_coordinator.fleet import Fleet
+from edge_coordinator.models import Models
+from edge_coordinator.server import Server
+from edge_coordinator.sim.classes import DeviceClass, deal, parse_shares, read_classes
+from edge_coordinator.sim.clock import Clock, nothing
+from edge_coordinator.sim.data import packed, read_column, shape_of
+from edge_coordinator.sim.devices import Plans, VirtualDevice, VirtualFleet, chance
+from edge_coordinator.sim.partition import divide, parse_partition
+from edge_coordinator.sim.pool import Pool
+from edge_coordinator.sim.results import Results, Row
+from edge_coordinator.sim.speed import measured_gflops, scaled
+from edge_runtime.calibration import calibrate
+from edge_runtime.cost import Calibration, DataShape
+from edge_runtime.engine import Engine, EngineOptions, find_engine
+from edge_runtime.errors import StoreError, UsageError
+from edge_runtime.local import DataOptions, Prepared, prepare
+from edge_runtime.manifest import Manifest
+from edge_runtime.model import ModelSpec
+from edge_runtime.source import Checkpoint, Source
+from edge_runtime.store import cache_folder, file_sha256
+from edge_runtime.topics import COORDINATOR, Topics
+from edge_runtime.training.corpus import Corpus
+from edge_runtime.training.process import model_job, run_worker
+from edge_runtime.transport import LocalBroker, LocalTransport, Message
+from edge_runtime.wire import from_plain, to_plain
+
+MARK = "simulation"  # in the ledger: this folder is no real fleet's
+WORK_FOLDER = "work"
+MAX_DEVICES = 100_000
+
+
+@dataclass(frozen=True)
+class SimOptions:
+    """What is simulated, besides what fleet.toml says.
+
+    Attributes:
+        devices: how many; None for `by:COLUMN` alone, where every value of the column is one.
+        classes: names and shares of device classes; class_file: a TOML file with more of them.
+        dropout: the probability that a device vanishes after it has got a plan.
+        evaluate_every: rounds between two measurements of accuracy on `test`.
+        threads: of one training; more than one may change the last bits of a model.
+        workers: trainings at a time; changes nothing but how long it takes.
+    """
+
+    data: Path
+    test: Path | None = None
+    devices: int | None = None
+    classes: str = "pi-4"
+    class_file: Path | None = None
+    partition: str = "iid"
+    dropout: float = 0.0
+    evaluate_every: int = 1
+    threads: int = 1
+    workers: int = 1
+    reading: DataOptions = field(default_factory=DataOptions)
+
+
+class Simulation:
+    """One simulated fleet. Holds index lists and small records; models and updates are on disk."""
+
+    def __init__(
+        self, folder: Path, options: SimOptions, *, progress: Callable[[Row], None], say: Callable[[str], None], keep_going: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        """Read data, calibrate this machine once, make the devices, and go to the last round that is in the results.
+
+        Args: progress: called with what happens in a round (a committed update) and with each finished round's row.
+
+        Raises:
+            UsageError: options that make no sense, or other ones than the folder's simulation had.
+            DataError, ModelError, MissingExtra, StoreError: as their names say.
+        """
+        _check(options)
+        self.options, self._progress, self._keep_going = options, progress, keep_going
+        self.fleet = Fleet(folder)
+        self.results = Results(folder)
+        self._mark(folder)
+        self._rewind()
+        self.models: Models = self.fleet.models(say)
+        config, newest = self.fleet.config, self.models.newest()
+        assert newest, "the first model was just imported"
+        manifest = newest[0]
+        say("reading the data")
+        self._prepared = _prepare(manifest, self.models, options)
+        self.corpus = Corpus(self._prepared.corpus)
+        self.engine = _engine(manifest, self.models, config.train.lora_rank, say)
+        chosen = parse_shares(options.classes, read_classes(options.class_file))
+        kinds = [kind for kind, _ in chosen]
+        settings = self.results.settings(self._description(kinds), lambda: self._calibrated(manifest, say))
+        calibration: Calibration = from_plain(Calibration, settings["calibration"], "calibration")
+        self.spec: ModelSpec = manifest.spec
+        devices = self._devices(chosen)
+        self._enroll([d.name for d in devices])
+
+        last = self.results.rounds[-1] if self.results.rounds else {"round": 0, "closed_s": 0.0}
+        self.clock = Clock(last["closed_s"] + (config.run.pause_s if last["round"] else 0.0))
+        self.broker = LocalBroker()
+        self.pool = Pool(folder / WORK_FOLDER, options.workers, options.threads, keep_going)
+        self.virtual = VirtualFleet(
+            devices, self.broker, config.realm, self.clock, self.pool,
+            plans=Plans(self.spec, _calibrations(calibration, self.spec, self._prepared.data, config.train.batch_size, kinds), self.engine.cached),
+            engine=self.engine, corpus=self.corpus, store=self.models.store, updates=self.models.updates,
+            seed=config.train.seed, dropout=options.dropout, threads=options.threads,
+        )  # fmt: skip
+        self._recall(devices)
+        self._opened_s = self.clock.now_s
+        self._counts: dict[str, int] = {}  # of the round that is open
+        self._ended: dict[str, Any] = {}  # the coordinator's event that ended a round, until it is in the results
+        self._transport = LocalTransport(self.broker, COORDINATOR, Topics(config.realm).coordinator_filters())
+        self.server = Server(config, self.fleet.ledger, self.models, self._transport, self._happened, clock=self.clock)
+        self._before = self.server.run.manifest
+        self._hold()
+
+    @property
+    def finished(self) -> bool:
+        """Every round of the run is in the results."""
+        return self.server.run.finished and not self._ended
+
+    def run(self) -> None:
+        """Simulate until the run has had its rounds.
+
+        Raises:
+            KeyboardInterrupt: `keep_going` turned False; what is done is kept.
+            TrainingFailed: this machine could not train an update.
+        """
+        self._transport.start()
+        self.virtual.transport.start()
+        try:
+            if not self.results.rounds:
+                self._write(self._accuracy_row())
+            while not self._settle():
+                if not self._keep_going():
+                    raise KeyboardInterrupt
+                if not self.clock.step():
+                    raise AssertionError("nothing is due, and the run is not finished")
+        finally:
+            self.pool.close()
+            self.results.write_tables()
+
+    # the loop
+
+    def _settle(self) -> bool:
+        """Let everybody read and answer until nobody has anything to say; -> whether the run is finished."""
+        while True:
+            self._exchange()
+            self.server.tick()
+            if self._ended:
+                self._end_round()
+            if self.finished:
+                return True
+            if not self._transport.inbox and not self.virtual.transport.inbox:
+                return False
+
+    def _exchange(self) -> None:
+        """Deliver what was sent, and what is sent in answer, until all is read: an answer counts before the round ends."""
+        while self._transport.inbox or self.virtual.transport.inbox:
+            while (event := self._transport.next_event(0.0)) is not None:
+                self.server.handle(event)
+            while (event := self.virtual.transport.next_event(0.0)) is not None:
+                if isinstance(event, Message):
+                    self.virtual.handle(event)
+
+    def _happened(self, event: dict[str, Any]) -> None:
+        """What the coordinator reports: its deadlines become times of the clock."""
+        kind, run, now_s = event["event"], self.fleet.config.run, self.clock.now_s
+        if kind == "round-opened":
+            self._opened_s, self._counts = now_s, {}
+            self.clock.at(now_s + run.join_timeout_s, nothing)
+        elif kind == "round-planned":
+            self._counts = {"members": event["members"], "planned": event["planned"]}
+            self.clock.at(now_s + run.report_timeout_s, nothing)
+        elif kind == "committed":
+            self._progress(
+                {"committed": event["device"], "round": event["round"], "goal": min(run.goal, self._counts["planned"])}
+            )
+        elif kind in ("round-published", "round-failed"):
+            self._ended = event
+            self.clock.at(now_s + run.pause_s, nothing)
+        elif kind == "storage-error":  # a coordinator waits for the disk to be mended; nobody mends it in virtual time
+            raise StoreError(event["reason"])
+
+    def _end_round(self) -> None:
+        """The coordinator has published or given up a round: measure, write it down, and forget what it needed."""
+        event, self._ended = self._ended, {}
+        published = event["event"] == "round-published"
+        manifest = self.server.run.manifest
+        parts = self.virtual.downloads.publish(self._before, manifest)
+        self._before = manifest
+        self._hold()
+        work = self.virtual.end_round()
+        row: Row = {
+            "round": event["round"],
+            "state": "published" if published else "failed",
+            "model_version": manifest.version,
+            "opened_s": round(self._opened_s, 6),
+            "closed_s": self.clock.now_s,
+            "round_s": round(self.clock.now_s - self._opened_s, 6),
+            **_summary(work, self._counts),
+            "num_examples": event.get("num_examples", 0),
+            "mean_loss": event.get("mean_loss"),
+            "reason": event.get("reason", ""),
+        }
+        last = event["round"] >= self.fleet.config.run.rounds
+        if self.options.test and (last or event["round"] % self.options.evaluate_every == 0):
+            row |= self._accuracies(manifest)
+        self._write(row | {"changed_parts": parts, "devices": work})
+        self.pool.end_round()
+
+    def _hold(self) -> None:
+        run = self.server.run
+        self.virtual.hold(run.manifest, self.models.store.size(run.manifest_blob))
+
+    def _write(self, row: Row) -> None:
+        self.fleet.ledger.sync()  # the results are never ahead of the ledger
+        self.results.add(row)
+        self._progress(row)
+
+    # accuracy
+
+    def _accuracy_row(self) -> Row:
+        """The model before the first round."""
+        row: Row = {
+            "round": 0,
+            "state": "start",
+            "model_version": self._before.version,
+            "opened_s": 0.0,
+            "closed_s": 0.0,
+            "round_s": 0.0,
+        }
+        return (
+            row | (self._accuracies(self._before) if self.options.test else {}) | {"changed_parts": [], "devices": []}
+        )
+
+    def _accuracies(self, manifest: Manifest) -> Row:
+        """Accuracy on the test file, and for each device class by the labels that its devices hold."""
+        assert self._prepared.test_corpus, "asked for with a test file alone"
+        job = {
+            **model_job("evaluate", manifest.spec, manifest.mapped(self.models.store)),
+            **self.engine.job(cache_folder()),
+            "corpus": str(self._prepared.test_corpus),
+            "batch_size": self.fleet.config.train.batch_size,
+            "threads": self.options.threads,
+        }
+        found = run_worker(job, threads=self.options.threads)
+        right, total = found["right"], found["total"]
+        by_label = [r / t if t else None for r, t in zip(right, total, strict=True)]
+        by_class = {}
+        for kind in sorted({d.kind.name for d in self.virtual.devices.values()}):
+            counts = self._labels_of(kind)
+            known = [
+                (count, share) for count, share in zip(counts, by_label, strict=True) if share is not None and count
+            ]
+            if known:
+                by_class[kind] = round(sum(c * s for c, s in known) / sum(c for c, _ in known), 5)
+        return {"accuracy": round(sum(right) / sum(total), 5), "accuracy_of": by_class}
+
+    def _labels_of(self, kind: str) -> list[int]:
+        """How many examples of each label the devices of a class hold."""
+        counts = [0] * len(self.spec.labels)
+        for device in self.virtual.devices.values():
+            if device.kind.name == kind:
+                for label in self.corpus.labels[list(device.part)]:
+                    counts[int(label)] += 1
+        return counts
+
+    # making it
+
+    def _mark(self, folder: Path) -> None:
+        ledger = self.fleet.ledger
+        if ledger.get(MARK) is None and (ledger.devices() or ledger.rounds()):
+            raise UsageError(f"{folder} is a real fleet's: `edge-coordinator init` another folder to simulate in")
+        ledger.put(MARK, "1")
+        ledger.sync_when_told()
+
+    def _rewind(self) -> None:
+        """What the ledger has beyond the results is simulated again; trainings that are done are still on disk."""
+        rounds = self.results.rounds
+        with self.fleet.ledger.transaction():
+            self.fleet.ledger.rewind(self.fleet.config.run.name, rounds[-1]["round"] if rounds else 0)
+
+    def _description(self, kinds: Sequence[DeviceClass]) -> Row:
+        """What must be the same when a simulation goes on."""
+        config, options = self.fleet.config, self.options
+        return {
+            "model": {
+                "base": config.model.base,
+                "labels": len(config.model.labels),
+                "max_length": config.model.max_length,
+            },
+            "run": {k: v for k, v in to_plain(config.run).items() if k != "rounds"},
+            "train": to_plain(config.train),
+            "data": file_sha256(options.data).hex(),
+            "test": file_sha256(options.test).hex() if options.test else "",
+            "devices": options.devices,
+            "classes": options.classes,
+            "figures": {kind.name: to_plain(kind) for kind in kinds},
+            "partition": options.partition,
+            "dropout": options.dropout,
+            "evaluate_every": options.evaluate_every,
+            "threads": options.threads,
+        }
+
+    def _calibrated(self, manifest: Manifest, say: Callable[[str], None]) -> Any:
+        say("measuring this machine with the model")
+        source, settings = _source(manifest, self.models), self.fleet.config.train
+        threads = self.options.threads
+        return to_plain(
+            calibrate(source, self.engine, self._prepared.data, settings.optimizer, threads, cache_folder())
+        )
+
+    def _devices(self, chosen: Sequence[tuple[DeviceClass, float]]) -> list[VirtualDevice]:
+        options, seed = self.options, self.fleet.config.train.seed
+        names = self.spec.labels
+        labels = [names[i] for i in self.corpus.labels]
+        partition = parse_partition(options.partition)
+        groups = None
+        if partition.column:
+            groups = read_column(options.data, partition.column, options.reading, len(labels))
+
+        def classes_of(number: int) -> list[DeviceClass]:
+            order = sorted(range(number), key=lambda i: chance(seed, "class", i))
+            return deal(chosen, number, order)
+
+        parts, kinds = divide(partition, labels, groups, options.devices, seed, classes_of)
+        devices = []
+        for number, (part, kind) in enumerate(zip(parts, kinds, strict=True)):
+            name, (low, high) = f"device-{number}", kind.uplink_bytes_per_s
+            uplink = low + (high - low) * chance(seed, "uplink", name)
+            devices.append(VirtualDevice(name, kind, packed(part), shape_of(self.corpus, part), uplink))
+        return devices
+
+    def _enroll(self, names: Sequence[str]) -> None:
+        """No secret is behind these: nobody can connect as a virtual device."""
+        known = {row["device"] for row in self.fleet.ledger.devices()}
+        with self.fleet.ledger.transaction():
+            for name in names:
+                if name not in known:
+                    self.fleet.ledger.enroll(name, MARK, time.time())
+
+    def _recall(self, devices: Sequence[VirtualDevice]) -> None:
+        """What the devices held when the simulation was left."""
+        by_name = {d.name: d for d in devices}
+        for row in self.results.rounds:
+            self.virtual.downloads.changed |= dict.fromkeys(row["changed_parts"], row["model_version"])
+            for work in row["devices"]:
+                by_name[work["device"]].held = work["held"]
+
+
+def _check(options: SimOptions) -> None:
+    if not 0 <= options.dropout < 1:
+        raise UsageError(f"--dropout must be from 0 to below 1, it is {options.dropout}")
+    for flag, value in (
+        ("--evaluate-every", options.evaluate_every),
+        ("--threads", options.threads),
+        ("--workers", options.workers),
+    ):
+        if value < 1:
+            raise UsageError(f"{flag} must be at least 1, it is {value}")
+    if options.devices is not None and options.devices > MAX_DEVICES:
+        raise UsageError(f"--devices may be {MAX_DEVICES} at most, it is {options.devices}")
+    if options.reading.bad_rows == "skip" and parse_partition(options.partition).column:
+        raise UsageError("--skip-bad-rows cannot go with --partition by:COLUMN: correct the rows")
+    for path in (options.data, options.test):
+        if path is not None and not path.is_file():
+            raise UsageError(f"{path} is no file: give the data to simulate with")
+
+
+def _source(manifest: Manifest, models: Models) -> Source:
+    return Source(manifest.spec, manifest.mapped(models.store), models.store.path(manifest.tokenizer), {})
+
+
+def _prepare(manifest: Manifest, models: Models, options: SimOptions) -> Prepared:
+    tokenizer = models.store.path(manifest.tokenizer)
+    cache = cache_folder()
+    checkpoint = Checkpoint(cache, tokenizer, manifest.max_length, manifest.labels, manifest.family)
+    return prepare(checkpoint, options.data, cache, options.reading, test=options.test)
+
+
+def _engine(manifest: Manifest, models: Models, rank: int, say: Callable[[str], None]) -> Engine:
+    shipped = models.store.path(manifest.graphs) if manifest.graphs else None
+    return find_engine(_source(manifest, models), EngineOptions(), rank, cache_folder(), say, shipped)
+
+
+def _calibrations(
+    measured: Calibration, spec: ModelSpec, data: DataShape, batch_size: int, kinds: Sequence[DeviceClass]
+) -> Mapping[str, Calibration]:
+    """This machine's calibration for each class: the same memory, the class's seconds."""
+    here = measured_gflops(measured, spec, data, batch_size)
+    return {kind.name: scaled(measured, here / kind.gflops) if kind.gflops else measured for kind in kinds}
+
+
+def _summary(work: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> Row:
+    """What a round's devices did, in numbers. Waiting: a committed device's time until the last one's (LEGEND)."""
+    of = {
+        status: sum(row["status"] == status for row in work)
+        for status in ("committed", "late", "dropped", "unable", "gave-up")
+    }
+    ends = [row["finished_s"] for row in work if row["status"] == "committed"]
+    waiting = statistics.fmean(max(ends) - end for end in ends) if ends else None
+    return {
+        "online": len(work),
+        "members": counts.get("members", 0),
+        "planned": counts.get("planned", 0),
+        **{status.replace("-", "_"): number for status, number in of.items()},
+        "waiting_s": round(waiting, 6) if waiting is not None else None,
+        "bytes_up": sum(row.get("bytes_up", 0) for row in work),
+        "bytes_down": sum(row.get("bytes_down", 0) for row in work),
+    }
