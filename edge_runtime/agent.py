@@ -23,7 +23,7 @@ from edge_runtime.codecs import CODECS
 from edge_runtime.errors import ConnectionFailed, DoesNotFit, EdgeError, StoreError, TrainingFailed, WireError
 from edge_runtime.keeper import Emit, ModelKeeper
 from edge_runtime.outbox import Outbox
-from edge_runtime.planner import choose, over_budget, shrink
+from edge_runtime.planner import choose, mib, over_budget, shrink
 from edge_runtime.records import CostRow, Plan, TrainReport
 from edge_runtime.residual import line_of
 from edge_runtime.session import Session
@@ -276,7 +276,12 @@ class Agent:
         if reason := _impossible(grant.plan, could.rows):
             self._decline(grant, reason)
             return
-        plan = shrink(could.ours(grant.plan), could.rows, could.budget.memory_bytes)
+        ours, most = could.ours(grant.plan), could.budget.upload_bytes
+        if most is not None and ours.chosen.upload_bytes > most:
+            size = mib(ours.chosen.upload_bytes)
+            self._decline(grant, f"the plan's update has {size}, the upload budget is {mib(most)}")
+            return
+        plan = shrink(ours, could.rows, could.budget.memory_bytes)
         if plan is None:
             row = grant.plan.chosen
             self._decline(grant, f"the plan does not fit now: {over_budget(row, could.budget, 1)}", row.peak_bytes)

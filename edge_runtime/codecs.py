@@ -59,6 +59,7 @@ CODECS = {  # the finest first
     "topk10": Codec(8, 10),
     "topk1": Codec(8, 100),
 }
+CHOSEN = ("f32", "f16", "int8", "int4", "topk10")  # what "auto" chooses from: below, a shallower suffix does better
 
 
 def low_bits(count: int, kept: int) -> int:
@@ -108,8 +109,8 @@ def pick_codec(spec: ModelSpec, depth: int, wanted: str, budget_bytes: int | Non
     """
     if check_codec(wanted) != AUTO:
         return wanted
-    fits = (c for c in CODECS if budget_bytes is None or update_bytes(spec, depth, c) <= budget_bytes)
-    return next(fits, min(CODECS, key=lambda c: update_bytes(spec, depth, c)))
+    fits = (c for c in CHOSEN if budget_bytes is None or update_bytes(spec, depth, c) <= budget_bytes)
+    return next(fits, min(CHOSEN, key=lambda c: update_bytes(spec, depth, c)))
 
 
 def unpacked(name: str) -> str:
