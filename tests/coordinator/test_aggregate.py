@@ -30,8 +30,8 @@ from edge_coordinator.aggregate import (
 )
 from edge_coordinator.ledger import Contribution, Ledger
 from edge_coordinator.models import Models
+from edge_runtime import encoding
 from edge_runtime.codecs import CODECS, unpacked, update_bytes
-from edge_runtime.encoding import read_update, write_update
 from edge_runtime.errors import ModelError, StoreError
 from edge_runtime.manifest import make_manifest
 from edge_runtime.model import EMBED, ModelSpec, TensorSpec
@@ -320,7 +320,7 @@ def encoded(folder: Path, device: str, depth: int, num_examples: int, seed: int,
     sizes = {t.name: t.size for t in WIDE.suffix(depth)}
     changed = ((name, chance.normal(0, 0.01, size).astype(np.float32)) for name, size in sizes.items())
     with raw.open("wb") as file:
-        write_update(file, unpacked(codec), sizes, changed, seed)
+        encoding.write_update(file, unpacked(codec), sizes, changed, seed)
     if codec == unpacked(codec):
         return Update(device, raw, num_examples, depth, codec)
     path = folder / f"{device}.packed"
@@ -331,7 +331,9 @@ def encoded(folder: Path, device: str, depth: int, num_examples: int, seed: int,
 def plain(update: Update, folder: Path) -> Update:
     """The same values, float32."""
     path = folder / f"{update.device}.plain"
-    path.write_bytes(b"".join(v.tobytes() for _, _, v in read_update(update.path, WIDE, update.depth, update.codec)))
+    path.write_bytes(
+        b"".join(v.tobytes() for _, _, v in encoding.read_update(update.path, WIDE, update.depth, update.codec))
+    )
     return replace(update, path=path, codec="f32")
 
 
