@@ -106,12 +106,12 @@ def _quantise(values: Array, bits: int, random: Random) -> bytes:
     steps = _scales(scales)[:, None]
     blocks /= np.where(steps > 0, steps, np.float32(1))
     blocks += random.random(blocks.shape, np.float32)
-    codes = np.clip(np.floor(blocks), -most, most).astype(np.int8).reshape(-1)[: values.size]
-    if bits == 8:
-        return scales.tobytes() + codes.tobytes()
-    halves = np.zeros(-(-codes.size // 2) * 2, np.uint8)
-    halves[: codes.size] = codes + 8
-    return scales.tobytes() + (halves[::2] | halves[1::2] << 4).tobytes()
+    codes: Array = np.clip(np.floor(blocks), -most, most).astype(np.int8).reshape(-1)[: values.size]
+    if bits == 4:
+        halves = np.zeros(-(-codes.size // 2) * 2, np.uint8)
+        halves[: codes.size] = codes + 8
+        codes = halves[::2] | halves[1::2] << 4
+    return bytes(scales.tobytes() + codes.tobytes())
 
 
 def _dequantise(data: bytes, bits: int, count: int) -> Array:
@@ -130,7 +130,7 @@ def _dequantise(data: bytes, bits: int, count: int) -> Array:
         codes = raw.view(np.int8)
     if (codes == -(1 << (bits - 1))).any():
         raise WireError("an integer that no encoder writes")
-    values = np.zeros(blocks * BLOCK, np.float32)
+    values: Array = np.zeros(blocks * BLOCK, np.float32)
     values[:count] = codes
     with np.errstate(over="ignore"):  # the caller refuses what is not finite
         values.reshape(blocks, BLOCK)[...] *= _scales(scales)[:, None]
@@ -139,7 +139,8 @@ def _dequantise(data: bytes, bits: int, count: int) -> Array:
 
 def _scales(halves: Array) -> Array:
     """The float32 whose upper halves these are."""
-    return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    found: Array = (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return found
 
 
 def _encode_indices(indices: Array, count: int) -> bytes:

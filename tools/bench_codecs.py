@@ -165,7 +165,9 @@ class Fleet:
         labels = sorted({example.label for example in [*train, *test]})
         random.Random(seed).shuffle(train)
         folder = hub.resolve(args.model, note)
-        source = open_source(find_checkpoint(str(folder), max_length=TREC_LENGTH, new_head=True, progress=note), labels, scratch)
+        source = open_source(
+            find_checkpoint(str(folder), max_length=TREC_LENGTH, new_head=True, progress=note), labels, scratch
+        )
         self.spec = source.spec
         graphs = find_graphs(source.spec, source.weights, scratch, progress=note)
         if graphs is None:

@@ -50,7 +50,9 @@ def test_devices_with_different_codecs_make_one_model_the_same_when_every_messag
     after = tensors(worlds[0])
     for tensor in worlds[0].server.run.manifest.spec.tensors:
         change = after[tensor.name] - before[tensor.name]
-        assert np.allclose(change, 0.0 if tensor.part < 0 else 0.01, atol=0.01 / 100), tensor.name
+        wanted = 0.0 if tensor.part < 0 else 0.01
+        step = wanted / 7 * 40 / 80  # of int4, whose device has at most half of the weight
+        assert np.abs(change - wanted).max() <= 1.02 * step, tensor.name
 
 
 @pytest.mark.parametrize(

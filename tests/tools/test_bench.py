@@ -16,8 +16,8 @@ import pytest
 
 from edge_runtime.errors import UsageError
 from edge_runtime.records import CostRow
-from tools import bench_common as bench
 from tools import bench_codecs, bench_federated, bench_ours, bench_training
+from tools import bench_common as bench
 
 MACHINE = {"cpu": "a chip", "cores": 2, "ram_gib": 1.0, "system": "Linux", "load": "0.00"}
 
