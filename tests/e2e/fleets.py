@@ -82,7 +82,7 @@ class Fleet:
     def __init__(
         self, folder: Path, model: Path, *, devices: int = 2, rounds: int = 2, broker: str = "embedded", method: str = "caff", epochs: int = 1, cache: Path | None = None,
         memory: Sequence[str] = (), goal: int | None = None, quorum: int | None = None, report_timeout_s: float = 300.0,
-        codec: str = "auto", upload: Sequence[str] = (),
+        codec: str = "f32", upload: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.folder, self.broker, self.port = folder, broker, _free_port()
         self.fleet = folder / "fleet"
@@ -98,7 +98,7 @@ class Fleet:
             path.read_text()
             .replace("report_timeout_s = 3600.0", f"report_timeout_s = {report_timeout_s}")
             .replace("epochs = 1", f"epochs = {epochs}")
-            .replace('codec = "auto"', f'codec = "{codec}"')
+            .replace('codec = "f32"', f'codec = "{codec}"')
         )
         path.write_text(
             text.replace('kind = "embedded"', f'kind = "{"embedded" if broker == "embedded" else "external"}"')

@@ -113,7 +113,9 @@ def test_a_coordinator_that_starts_anew_with_updates_unfolded_makes_the_same_mod
 def test_an_upload_budget_leads_to_a_smaller_codec_and_not_to_a_shallower_suffix(
     tmp_path: Path, model: Path, reference: Reference
 ) -> None:
-    with running(Fleet(tmp_path, model, rounds=1, cache=reference.cache, upload=["20KB", "8KB"])) as fleet:
+    with running(
+        Fleet(tmp_path, model, rounds=1, cache=reference.cache, codec="auto", upload=["20KB", "8KB"])
+    ) as fleet:
         fleet.start_all()
         fleet.wait(fleet.finished)
         found = {e["device"]: e for e in fleet.events("coordinator", "committed")}
