@@ -70,7 +70,9 @@ def main() -> int:
 def parser() -> argparse.ArgumentParser:
     """The bench's options."""
     what = "Accuracy on TREC against the bytes of an update, for every codec and for suffix depths 1 and 2."
-    made = bench.bench_parser("codecs", what, "", "--quick --rows 'last 2'", "--out docs/results --json codecs.json")
+    made = bench.bench_parser(
+        "codecs", what, "", "--rows '2 in f32,2 in topk10' --rounds 3", "--out docs/results --json codecs.json"
+    )
     made.add_argument("--devices", type=bench.whole, default=2, help="that share the questions (%(default)s)")
     made.add_argument("--rounds", type=bench.whole, default=5, help="of one epoch each (%(default)s)")
     made.add_argument(
@@ -82,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
 
 def name_of(depth: int, codec: str) -> str:
     """A row's name."""
-    return f"last {depth}, {codec}"
+    return f"last {depth} in {codec}"
 
 
 def measure(args: argparse.Namespace) -> int:
@@ -109,7 +111,7 @@ def measure(args: argparse.Namespace) -> int:
         shutil.rmtree(scratch, ignore_errors=True)
     lora = 4 * spec.adapter_size(spec.num_blocks, LORA_RANK) + update_bytes(spec, 0, "f32")
     rows = [row(name, runs[name], runs.get(name_of(depth, "f32"), []), spec, depth, lora)
-            for depth in DEPTHS for name in names if name.startswith(f"last {depth},")]  # fmt: skip
+            for depth in DEPTHS for name in names if name.startswith(f"last {depth} ")]  # fmt: skip
     bench.finish(
         "codecs",
         args,
