@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.codecs import CODECS
 from edge_runtime.errors import ConnectionFailed, DoesNotFit, EdgeError, StoreError, TrainingFailed, WireError
 from edge_runtime.keeper import Emit, ModelKeeper
 from edge_runtime.outbox import Outbox
-from edge_runtime.planner import choose, over_budget, shrink
+from edge_runtime.planner import choose, mib, over_budget, shrink
 from edge_runtime.records import CostRow, Plan, TrainReport
+from edge_runtime.residual import line_of
 from edge_runtime.session import Session
 from edge_runtime.topics import Topics
 from edge_runtime.training.optimizers import OPTIMIZERS
@@ -241,7 +243,7 @@ class Agent:
         pending = self.outbox.pending
         if pending and (ack.run, ack.round) == (pending.run, pending.round):
             self.emit({"event": ack.status, "round": ack.round, "reason": ack.reason, **self._traffic()})
-            self.outbox.clear()
+            self.outbox.settle(ack.status)
         elif self._training:
             return
         elif ack.status in ("excluded", "declined"):
@@ -274,7 +276,12 @@ class Agent:
         if reason := _impossible(grant.plan, could.rows):
             self._decline(grant, reason)
             return
-        plan = shrink(could.ours(grant.plan), could.rows, could.budget.memory_bytes)
+        ours, most = could.ours(grant.plan), could.budget.upload_bytes
+        if most is not None and ours.chosen.upload_bytes > most:
+            size = mib(ours.chosen.upload_bytes)
+            self._decline(grant, f"the plan's update has {size}, the upload budget is {mib(most)}")
+            return
+        plan = shrink(ours, could.rows, could.budget.memory_bytes)
         if plan is None:
             row = grant.plan.chosen
             self._decline(grant, f"the plan does not fit now: {over_budget(row, could.budget, 1)}", row.peak_bytes)
@@ -283,8 +290,17 @@ class Agent:
 
     def _start(self, grant: Grant, plan: Plan, limit_bytes: int, attempt: int) -> None:
         assert self.keeper.manifest, "a grant is for the model that is held"
+        self.outbox.drop_draft()
         job = self.session.job(self.keeper.manifest, self.keeper.store, plan)
         job |= {"update": str(self.outbox.draft.absolute()), "round": f"{grant.run}/{grant.round}"}
+        if CODECS[plan.chosen.codec].sparse:
+            residual = self.outbox.residual
+            job["residual"] = {
+                "kept": str(residual.kept.absolute()),
+                "draft": str(residual.draft.absolute()),
+                "line": line_of(grant.run, self.keeper.manifest),
+                "round": grant.round,
+            }
         worker = Worker(job, limit_bytes=limit_bytes, threads=self.session.threads, nice=NICENESS)
         self._training = Training(grant, plan, worker, attempt, limit_bytes)
         chosen = plan.chosen
@@ -409,4 +425,6 @@ def _impossible(plan: Plan, rows: tuple[CostRow, ...]) -> str:
         return f"the plan's depth {plan.chosen.depth} is not one of this model's"
     if plan.chosen.micro_batch > plan.settings.batch_size or plan.settings.optimizer not in OPTIMIZERS:
         return "the plan does not hold together"
+    if plan.chosen.codec not in CODECS:
+        return f"the plan's codec {plan.chosen.codec!r} is not known here: update edge-runtime on this device"
     return ""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+from edge_runtime.codecs import update_bytes
 from edge_runtime.model import ModelSpec
 from edge_runtime.records import Bytes, CostRow, Range, Seconds, TrainSettings
 from edge_runtime.training.optimizers import state_bytes_per_parameter
@@ -188,6 +189,7 @@ def cost(
     checkpointing: bool,
     micro_batch: int,
     cached: bool = False,
+    codec: str = "f32",
 ) -> CostRow:
     """The predicted cost of one candidate."""
     c, batch = calibration, max(1, min(settings.batch_size, data.num_examples))
@@ -224,12 +226,13 @@ def cost(
         int(peak) // ROUND_BYTES * ROUND_BYTES + ROUND_BYTES,
         step + prefix,
         (step + prefix) * steps,
-        upload_bytes(spec, depth),
+        update_bytes(spec, depth, codec),
         backend=c.backend,
         rank=c.rank if depth else 0,
         precision=c.precision,
         cached=cached,
         later_epoch_s=step * steps if cached else 0.0,
+        codec=codec,
     )
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_runtime import hardware
@@ -238,7 +238,7 @@ def train(
             model_job("train", planned.source.spec, planned.source.weights)
             | planned.engine.job(cache_folder())
             | {
-                "plan": to_plain(chosen),
+                "plan": to_plain(replace(chosen, chosen=replace(chosen.chosen, codec="f32"))),  # it stays here
                 "corpus": str(planned.prepared.corpus),
                 "test_corpus": str(planned.prepared.test_corpus) if planned.prepared.test_corpus else None,
                 "smaller": to_plain(planned.smaller(chosen)) if planned.watched else [],

@@ -14,6 +14,7 @@ from typing import Annotated
 
 from edge_runtime.errors import EdgeError, StoreError, WireError
 from edge_runtime.records import Bytes, Count, Name, Range, Seconds, TrainReport
+from edge_runtime.residual import Residual
 from edge_runtime.store import BlobStore, disk_errors, read_json, write_json
 from edge_runtime.transfer import Sender
 from edge_runtime.wire import Grant, Offer, from_plain, to_plain
@@ -36,6 +37,7 @@ class Pending:
     peak_bytes: Bytes
     first_loss: float
     last_loss: float
+    codec: Name = "f32"
 
     def offer(self) -> Offer:
         """The message that offers it."""
@@ -45,7 +47,7 @@ class Pending:
             nonce=bytes.fromhex(self.nonce),
             blob=bytes.fromhex(self.blob),
             num_bytes=self.num_bytes,
-            codec="f32",
+            codec=self.codec,
             num_examples=self.num_examples,
             train_s=self.train_s,
             peak_bytes=self.peak_bytes,
@@ -60,6 +62,7 @@ class Outbox:
     Attributes:
         pending: what waits to be committed, or None.
         sender: answers the coordinator's requests for its bytes.
+        residual: what earlier updates left out, and what this one does.
         damaged: why a stored update could not be read at the start; empty if all was well.
     """
 
@@ -70,6 +73,7 @@ class Outbox:
         self._updates = BlobStore(folder / "updates")
         self.sender = Sender(self._updates)
         self.draft = folder / "updates" / "partial" / "update.tmp"  # where a training process writes
+        self.residual = Residual(folder / "residual")
         self.damaged = ""
         self.pending = self._load()
 
@@ -83,6 +87,7 @@ class Outbox:
         try:
             num_bytes = self.draft.stat().st_size
             blob = self._updates.adopt(self.draft)
+            self.residual.stage()
             pending = Pending(
                 grant.run,
                 grant.round,
@@ -94,11 +99,13 @@ class Outbox:
                 report.peak_bytes,
                 report.first_loss,
                 report.last_loss,
+                report.codec,
             )
             from_plain(Offer, to_plain(pending.offer()), "offer")  # one that nobody can read is never answered
             write_json(self._file, dataclasses.asdict(pending))
         except (EdgeError, OSError):
             self._updates.keep_only([])  # a full disk has no room for what nobody will be offered
+            self.residual.settle(committed=False)
             raise
         self.pending = pending
         self.hurry()
@@ -116,8 +123,18 @@ class Outbox:
         self._next_at, self._pause_s = 0.0, PAUSE_S[0]
         self.sender.clear()
 
+    def settle(self, status: str) -> None:
+        """The coordinator's last word on the update: only one that is committed moves the residual on.
+
+        After "rejected" the residual goes too: it may be what made the update one that nobody takes.
+        """
+        if status == "rejected":
+            self.residual.drop()
+        self.residual.settle(status == "committed")
+        self.clear()
+
     def clear(self) -> None:
-        """The update has been dealt with."""
+        """There is no update any more."""
         with disk_errors(self._file):
             self._file.unlink(missing_ok=True)
         self._updates.keep_only([])
@@ -125,8 +142,9 @@ class Outbox:
         self.pending = None
 
     def drop_draft(self) -> None:
-        """A training was given up."""
+        """A training was given up, or another begins."""
         self.draft.unlink(missing_ok=True)
+        self.residual.drop_draft()
 
     def _load(self) -> Pending | None:
         try:
@@ -138,5 +156,7 @@ class Outbox:
         if pending and self._updates.has(blob) and self._updates.size(blob) == pending.num_bytes:
             self._updates.keep_only([blob])
             return pending
+        self.residual.settle(committed=False)
+        self.drop_draft()
         self.clear()
         return None

@@ -7,7 +7,9 @@ before gradient checkpointing, since they save as much and cost less.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from edge_runtime.codecs import check_codec, pick_codec
 from edge_runtime.cost import Calibration, DataShape, cost, micro_batches
 from edge_runtime.errors import DoesNotFit, UsageError
 from edge_runtime.model import ModelSpec
@@ -25,6 +27,7 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
     """
     if settings.optimizer not in OPTIMIZERS:
         raise UsageError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, it is {settings.optimizer!r}")
+    check_codec(settings.codec)
     limits = {
         "epochs": (1, 1000),
         "batch_size": (1, 4096),
@@ -50,15 +53,17 @@ def cost_table(
     budget: Budget,
     cached: bool = False,
 ) -> list[CostRow]:
-    """One row for every suffix depth, without and with gradient checkpointing, each with its best micro-batch.
+    """One row for every suffix depth, without and with gradient checkpointing, each with its best micro-batch and codec.
 
     Best is the smallest among the fastest (within NO_SLOWER) that fit the memory budget, else the smallest. Depth 0 (the head) has nothing to checkpoint.
+    The codec is the settings', or for "auto" the finest whose update is within the upload budget.
     """
     rows = []
     for depth in range(spec.num_blocks + 1):
+        codec = pick_codec(spec, depth, settings.codec, budget.upload_bytes)
         for checkpointing in (False, True) if depth else (False,):
             tried = [
-                cost(spec, data, settings, calibration, depth, checkpointing, size, cached)
+                cost(spec, data, settings, calibration, depth, checkpointing, size, cached, codec)
                 for size in micro_batches(min(settings.batch_size, data.num_examples))
             ]
             fitting = [row for row in tried if row.peak_bytes <= budget.memory_bytes]
@@ -116,7 +121,10 @@ def shrink(plan: Plan, rows: Sequence[CostRow], memory_bytes: int) -> Plan | Non
     smaller = [r for r in rows if r.depth == plan.chosen.depth and r.peak_bytes <= memory_bytes]
     if not smaller:
         return None
-    return Plan(min(smaller, key=lambda r: r.epoch_s), plan.settings, plan.steps)
+    chosen = replace(
+        min(smaller, key=lambda r: r.epoch_s), codec=plan.chosen.codec, upload_bytes=plan.chosen.upload_bytes
+    )  # what is sent stays as granted
+    return Plan(chosen, plan.settings, plan.steps)
 
 
 def smaller_rows(
@@ -124,7 +132,7 @@ def smaller_rows(
 ) -> list[CostRow]:
     """The candidates of a row's depth that need less memory, the largest first: what it can go on as if memory gets short."""
     tried = [
-        cost(spec, data, settings, calibration, row.depth, checkpointing, size, row.cached)
+        cost(spec, data, settings, calibration, row.depth, checkpointing, size, row.cached, row.codec)
         for size in micro_batches(min(settings.batch_size, data.num_examples))
         for checkpointing in ((False, True) if row.depth else (False,))
     ]

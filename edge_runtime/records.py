@@ -76,6 +76,7 @@ class TrainSettings:
     seed: Annotated[int, Range(0, (1 << 63) - 1)] = 0
     lora_rank: Annotated[int, Range(0, 1024)] = 0  # train adapters of this rank in the blocks; 0 the blocks themselves
     adapter_learning_rate: Annotated[float, Range(0, 10)] = 2e-3
+    codec: Name = "f32"  # of updates (`codecs.py`), or "auto": the finest that a device's upload budget allows
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class CostRow:
     precision: Name = "float32"  # of the frozen prefix; or "int8"
     cached: bool = False  # the frozen prefix's output is kept on disk from the first epoch on
     later_epoch_s: Seconds = 0.0  # an epoch after the first; 0 is the same
+    codec: Name = "f32"  # of the update, which has `upload_bytes` in it
 
     def total_s(self, epochs: int) -> float:
         """Seconds of all epochs."""
@@ -133,3 +135,4 @@ class TrainReport:
     precision: str = "float32"
     cached: bool = False
     backed_off: int = 0  # how often it went on in smaller pieces because memory got short
+    codec: Name = "f32"  # of the update as it is sent, with "+zlib" behind it where that made it smaller

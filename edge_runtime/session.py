@@ -51,6 +51,7 @@ class CouldDo:
             asked.checkpointing,
             asked.micro_batch,
             asked.cached,
+            asked.codec,
         )
         return Plan(own, settings, plan.steps)
 

@@ -39,7 +39,7 @@ NONCE = bytes(range(16))
 BLOB = hashlib.sha256(b"blob").digest()
 OTHER = hashlib.sha256(b"other").digest()
 HEAD_ROW = CostRow(0, False, 16, 180 << 20, 0.25, 12.5, 9_240)
-DEEP_ROW = CostRow(2, True, 4, 250 << 20, 1.75, 87.5, 14_200_000)
+DEEP_ROW = CostRow(2, True, 4, 250 << 20, 1.75, 87.5, 3_600_000, codec="int8")
 SETTINGS = TrainSettings(1, 16, 3e-4, 3e-3, 0.01, "adamw", 7)
 BUDGET = Budget(300 << 20, 900.0, None)
 
@@ -50,7 +50,7 @@ MESSAGES: dict[str, Any] = {
     "round": Round("first", 4, 2, 3, "caff", SETTINGS, 60.0),
     "join": Join("first", 4, BOOT, 800, BUDGET, (HEAD_ROW, DEEP_ROW), 180 << 20, ""),
     "grant": Grant("first", 4, NONCE, 3, Plan(DEEP_ROW, SETTINGS, 50), 3600.0),
-    "offer": Offer("first", 4, NONCE, BLOB, 14_200_000, "f32", 800, 88.25, 240 << 20, 1.5, 0.75),
+    "offer": Offer("first", 4, NONCE, BLOB, 3_500_000, "int8+zlib", 800, 88.25, 240 << 20, 1.5, 0.75),
     "ack": Ack("first", 4, "rejected", "the update has 3 bytes, its plan 4: größer", BLOB),
     "need": Need((BlobRange(BLOB, 0, 65_536), BlobRange(OTHER, 1 << 20, 5 << 20))),
     "missing": Missing(BLOB),

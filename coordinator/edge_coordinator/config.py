@@ -211,6 +211,7 @@ weight_decay = 0.01
 optimizer = "adamw"           # adamw8bit, momentum and sgd need less memory
 lora_rank = 0                 # above 0 devices train LoRA adapters of this rank, without torch only
 adapter_learning_rate = 0.002
+codec = "f32"                 # of updates: f32, f16, int8, int4, topk10, topk1; "auto": the finest within a device's --upload
 seed = {seed}
 
 [broker]

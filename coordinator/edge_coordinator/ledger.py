@@ -18,7 +18,7 @@ from typing import Any
 from edge_runtime.errors import StoreError, UsageError
 from edge_runtime.store import disk_errors
 
-VERSION = 1
+VERSION = 2  # 1 had no codec with a contribution
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS devices (
@@ -36,6 +36,7 @@ CREATE TABLE IF NOT EXISTS members (
 CREATE TABLE IF NOT EXISTS contributions (
     run TEXT NOT NULL, round INTEGER NOT NULL, device TEXT NOT NULL, blob BLOB NOT NULL, num_examples INTEGER NOT NULL,
     depth INTEGER NOT NULL, metrics TEXT NOT NULL, committed_at REAL NOT NULL, folded INTEGER NOT NULL DEFAULT 0,
+    codec TEXT NOT NULL DEFAULT 'f32',
     PRIMARY KEY (run, round, device));
 CREATE TABLE IF NOT EXISTS partials (
     run TEXT NOT NULL, round INTEGER NOT NULL, blob BLOB NOT NULL, weights TEXT NOT NULL, members TEXT NOT NULL,
@@ -53,6 +54,7 @@ class Contribution:
     depth: int
     metrics: Mapping[str, Any]
     folded: bool
+    codec: str = "f32"  # of its blob, as it was offered
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,16 @@ class Ledger:
     def _prepare(self, path: Path) -> None:
         known = self._rows("SELECT name FROM sqlite_master WHERE name = 'meta'")
         found = self.get("schema") if known else str(VERSION)
-        if found not in (None, str(VERSION)):
+        if found not in (None, "1", str(VERSION)):
             raise StoreError(
                 f"{path} is of schema {found}, this coordinator writes {VERSION}: use the version that made it"
             )
         with _sqlite_errors():
             self._db.executescript(SCHEMA)
+        if found == "1":
+            with self.transaction():
+                self._write("ALTER TABLE contributions ADD COLUMN codec TEXT NOT NULL DEFAULT 'f32'")
+                self.put("schema", str(VERSION))
         if self.get("schema") is None:
             self.put("schema", str(VERSION))
 
@@ -314,8 +320,19 @@ class Ledger:
         """Commit an update; False if this device's is in already."""
         return bool(
             self._write(
-                "INSERT OR IGNORE INTO contributions VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0)",
-                (run, number, item.device, item.blob, item.num_examples, item.depth, json.dumps(item.metrics), now),
+                "INSERT OR IGNORE INTO contributions (run, round, device, blob, num_examples, depth, metrics, committed_at,"
+                " codec) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    run,
+                    number,
+                    item.device,
+                    item.blob,
+                    item.num_examples,
+                    item.depth,
+                    json.dumps(item.metrics),
+                    now,
+                    item.codec,
+                ),
             )
         )
 
@@ -324,7 +341,13 @@ class Ledger:
         rows = self._rows("SELECT * FROM contributions WHERE run = ? AND round = ? ORDER BY device", (run, number))
         return {
             r["device"]: Contribution(
-                r["device"], r["blob"], r["num_examples"], r["depth"], json.loads(r["metrics"]), bool(r["folded"])
+                r["device"],
+                r["blob"],
+                r["num_examples"],
+                r["depth"],
+                json.loads(r["metrics"]),
+                bool(r["folded"]),
+                r["codec"],
             )
             for r in rows
         }

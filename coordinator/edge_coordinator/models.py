@@ -123,7 +123,7 @@ class Models:
         fresh = [c for c in committed.values() if not c.folded]
         if not fresh:
             return partial
-        updates = [Update(c.device, self.updates.path(c.blob), c.num_examples, c.depth) for c in fresh]
+        updates = [Update(c.device, self.updates.path(c.blob), c.num_examples, c.depth, c.codec) for c in fresh]
         draft = self.updates.folder / "partial" / "sum.tmp"
         made = fold(base.spec, partial, updates, draft)
         blob = self.updates.adopt(draft)

@@ -19,6 +19,7 @@ from edge_coordinator.ledger import Contribution, Ledger, Member
 from edge_coordinator.models import FOLD_AT, Models
 from edge_coordinator.peers import MAX_BAD_HASHES, Peer, Peers
 from edge_coordinator.run import Emit, Run, read_join
+from edge_runtime.codecs import misfit, update_bytes
 from edge_runtime.errors import StoreError, WireError
 from edge_runtime.planner import feasible
 from edge_runtime.records import Plan
@@ -285,7 +286,7 @@ class Server:
                 ),
             )
             self.emit({"event": "granted", "round": number, "device": member.device, "depth": plan.chosen.depth,
-                       "checkpointing": plan.chosen.checkpointing, "peak_bytes": plan.chosen.peak_bytes})  # fmt: skip
+                       "checkpointing": plan.chosen.checkpointing, "peak_bytes": plan.chosen.peak_bytes, "codec": plan.chosen.codec})  # fmt: skip
         else:
             self._ack(
                 member.device,
@@ -319,9 +320,9 @@ class Server:
         if member is None or member.plan is None or member.nonce != offer.nonce:
             return "there is no plan with this lease"
         plan: Plan = unpack_as(Plan, member.plan)
-        expected = sum(t.num_bytes for t in self.run.manifest.spec.suffix(plan.chosen.depth))
-        if offer.codec != "f32" or offer.num_bytes != expected:
-            return f"the update must be {expected} bytes of f32, it is {offer.num_bytes} of {offer.codec}"
+        expected = update_bytes(self.run.manifest.spec, plan.chosen.depth, plan.chosen.codec)
+        if reason := misfit(offer.codec, offer.num_bytes, plan.chosen.codec, expected):
+            return reason
         joined = read_join(member).num_examples
         if offer.num_examples != joined:
             return f"the update counts {offer.num_examples} examples, the device joined with {joined}"
@@ -346,7 +347,7 @@ class Server:
         member = self.ledger.members(self.run.name, offer.round)[peer.device]
         assert member.plan is not None
         depth = unpack_as(Plan, member.plan).chosen.depth
-        update = Update(peer.device, self.models.updates.path(offer.blob), offer.num_examples, depth)
+        update = Update(peer.device, self.models.updates.path(offer.blob), offer.num_examples, depth, offer.codec)
         if reason := check_update(self.run.manifest.spec, update):
             self._reject(peer, offer, reason)
             return
@@ -356,13 +357,13 @@ class Server:
             "first_loss": offer.first_loss,
             "last_loss": offer.last_loss,
         }
-        item = Contribution(peer.device, offer.blob, offer.num_examples, depth, metrics, False)
+        item = Contribution(peer.device, offer.blob, offer.num_examples, depth, metrics, False, offer.codec)
         with self.ledger.transaction():
             fresh = self.ledger.contribute(self.run.name, offer.round, item, time.time())
         peer.offer, peer.bad_hashes = None, 0
         self._ack(peer.device, self.run.name, offer.round, "committed", blob=offer.blob)
         if fresh:
-            self.emit({"event": "committed", "round": offer.round, "device": peer.device, "depth": depth, "num_bytes": offer.num_bytes,
+            self.emit({"event": "committed", "round": offer.round, "device": peer.device, "depth": depth, "codec": offer.codec, "num_bytes": offer.num_bytes,
                        "num_examples": offer.num_examples, **metrics})  # fmt: skip
         committed = self.ledger.contributions(self.run.name, offer.round)
         if sum(not c.folded for c in committed.values()) >= FOLD_AT:

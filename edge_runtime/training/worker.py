@@ -12,13 +12,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_runtime.codecs import PACKED
 from edge_runtime.cost import GRAPH_BACKEND
 from edge_runtime.data import Example, Examples, read_examples
-from edge_runtime.errors import EdgeError, ModelError, StoreError, TrainingFailed, UsageError
+from edge_runtime.errors import EdgeError, ModelError, StoreError, UsageError
 from edge_runtime.hardware import process_memory
 from edge_runtime.model import ModelSpec, load_family
 from edge_runtime.records import CostRow, Plan, TrainReport
@@ -29,12 +30,17 @@ from edge_runtime.weights import MappedTensor
 from edge_runtime.wire import from_plain, to_plain
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from edge_runtime.graphs.bundle import GraphSet
     from edge_runtime.training.backoff import Saved
     from edge_runtime.training.loop import Backend
     from edge_runtime.training.prefix_cache import PrefixCache
 
+    Array = np.ndarray[Any, np.dtype[Any]]
+
 STARTED = time.monotonic()
+PACKED_PAYS = 0.97  # of an update's bytes: zlib must save more to be worth its time on both sides
 Job = Mapping[str, Any]
 
 
@@ -142,7 +148,7 @@ def prefix_before(record: Path, key: str, round_: str | None) -> str:
 
 
 def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
-    """Train as planned and write the update: every trained tensor's delta, float32, in the order of the suffix.
+    """Train as planned and write the update: every trained tensor's delta in the plan's codec, in the order of the suffix.
 
     Where the job names smaller candidates, memory is watched, and training goes on as one of them when it gets short.
     """
@@ -187,11 +193,7 @@ def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
     held_out = (
         accuracy(backend, Corpus(Path(job["test_corpus"])), plan.chosen.micro_batch) if job.get("test_corpus") else None
     )
-    with atomic_writer(Path(job["update"])) as file:
-        for name, delta in backend.deltas():
-            if not bool((abs(delta) < float("inf")).all()):
-                raise TrainingFailed(f"the weights of {name} are not finite after training: lower the learning rate")
-            file.write(delta.astype("<f4", copy=False).tobytes())
+    codec = update(job, spec, plan, backend.deltas())
     report = TrainReport(
         depth=plan.chosen.depth,
         checkpointing=plan.chosen.checkpointing,
@@ -213,8 +215,36 @@ def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
         precision=plan.chosen.precision,
         cached=cache is not None,
         backed_off=done.backed_off,
+        codec=codec,
     )
     return {"report": to_plain(report)}
+
+
+def update(job: Job, spec: ModelSpec, plan: Plan, deltas: Iterator[tuple[str, Array]]) -> str:
+    """Write the update, and what error feedback keeps of it, whole or not at all; -> the codec it is in, with zlib where that pays."""
+    from edge_runtime.encoding import pack_file, write_update
+    from edge_runtime.residual import error_feedback
+
+    name, target = plan.chosen.codec, Path(job["update"])
+    sizes = {tensor.name: tensor.size for tensor in spec.suffix(plan.chosen.depth)}
+    with contextlib.ExitStack() as stack:
+        kept = job.get("residual")
+        feedback = None
+        if kept:
+            places = (Path(kept["kept"]), Path(kept["draft"]))
+            feedback = stack.enter_context(error_feedback(*places, kept["line"], kept["round"], sizes))
+        file = stack.enter_context(atomic_writer(target))
+        write_update(file, name, sizes, deltas, plan.settings.seed, feedback)
+    if name == "f32":  # the codec of devices and coordinators that know no other
+        return name
+    packed = target.with_suffix(".zlib")
+    with atomic_writer(packed) as file:
+        pays = pack_file(target, file) <= PACKED_PAYS * target.stat().st_size
+    if pays:
+        os.replace(packed, target)
+        return name + PACKED
+    packed.unlink()
+    return name
 
 
 def probe(job: Job) -> dict[str, Any]:

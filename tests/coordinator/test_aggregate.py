@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import tracemalloc
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,9 @@ from edge_coordinator.aggregate import (
 )
 from edge_coordinator.ledger import Contribution, Ledger
 from edge_coordinator.models import Models
-from edge_runtime.errors import ModelError
+from edge_runtime import encoding
+from edge_runtime.codecs import CODECS, unpacked, update_bytes
+from edge_runtime.errors import ModelError, StoreError
 from edge_runtime.manifest import make_manifest
 from edge_runtime.model import EMBED, ModelSpec, TensorSpec
 from edge_runtime.store import BlobStore
@@ -304,6 +307,78 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 12 << 20
+
+
+# updates in codecs
+
+WIDE = small_spec(2, 300)  # its matrices have more than a section, and top-k leaves values out
+
+
+def encoded(folder: Path, device: str, depth: int, num_examples: int, seed: int, codec: str) -> Update:
+    """A random update in a codec, with "+zlib" behind its name through zlib."""
+    chance, raw = np.random.default_rng(seed), folder / f"{device}.raw"
+    sizes = {t.name: t.size for t in WIDE.suffix(depth)}
+    changed = ((name, chance.normal(0, 0.01, size).astype(np.float32)) for name, size in sizes.items())
+    with raw.open("wb") as file:
+        encoding.write_update(file, unpacked(codec), sizes, changed, seed)
+    if codec == unpacked(codec):
+        return Update(device, raw, num_examples, depth, codec)
+    path = folder / f"{device}.packed"
+    path.write_bytes(zlib.compress(raw.read_bytes()))
+    return Update(device, path, num_examples, depth, codec)
+
+
+def plain(update: Update, folder: Path) -> Update:
+    """The same values, float32."""
+    path = folder / f"{update.device}.plain"
+    path.write_bytes(
+        b"".join(v.tobytes() for _, _, v in encoding.read_update(update.path, WIDE, update.depth, update.codec))
+    )
+    return replace(update, path=path, codec="f32")
+
+
+OFFERED = [*CODECS, "f16+zlib", "int4+zlib", "topk1+zlib"]
+
+
+def test_the_sum_is_exact_over_what_was_sent_in_any_mix_of_codecs_any_order_and_any_pieces(tmp_path: Path) -> None:
+    updates = [encoded(tmp_path, f"d{i}", i % 3, 100 + i, i, codec) for i, codec in enumerate(OFFERED * 2)]
+    assert [check_update(WIDE, u) for u in updates] == [""] * len(updates)
+    wanted = fold(WIDE, None, [plain(u, tmp_path) for u in updates], tmp_path / "plain-sum")
+    at_once = fold(WIDE, None, updates, tmp_path / "at-once")
+    assert at_once.path.read_bytes() == wanted.path.read_bytes()
+    random.Random(1).shuffle(updates)
+    first = fold(WIDE, None, updates[:7], tmp_path / "first")
+    pieces = fold(WIDE, first, updates[7:], tmp_path / "second")
+    assert pieces.path.read_bytes() == wanted.path.read_bytes()
+    assert pieces.weights == wanted.weights
+
+
+@pytest.mark.parametrize("codec", OFFERED)
+def test_an_update_of_another_size_or_damaged_is_refused_whatever_its_codec(tmp_path: Path, codec: str) -> None:
+    update = encoded(tmp_path, "d", 2, 10, 1, codec)
+    data = update.path.read_bytes()
+    for damaged in (data[:-1], data + b"\0", b"", bytes(update_bytes(WIDE, 2, unpacked(codec)) + 1)):
+        update.path.write_bytes(damaged)
+        assert check_update(WIDE, update), len(damaged)
+
+
+def test_a_scale_that_makes_a_change_of_more_than_8_is_refused(tmp_path: Path) -> None:
+    update = encoded(tmp_path, "d", 0, 10, 1, "int8")
+    data = bytearray(update.path.read_bytes())
+    data[0:2], data[20 + 2 : 20 + 3] = (0x4180).to_bytes(2, "little"), b"\x7f"  # 16, times 127
+    update.path.write_bytes(data)
+    assert check_update(WIDE, update) == "head.w changed by more than 8"
+    data[0:2] = (0x7F80).to_bytes(2, "little")
+    update.path.write_bytes(data)
+    assert check_update(WIDE, update) == "head.w has a scale that is negative or not finite"
+
+
+def test_what_the_disk_lost_since_the_check_is_no_sum(tmp_path: Path) -> None:
+    update = encoded(tmp_path, "d", 2, 10, 1, "int4")
+    update.path.write_bytes(update.path.read_bytes()[:-1])
+    with pytest.raises(StoreError, match="is damaged: the disk has lost bytes that were there"):
+        fold(WIDE, None, [update], tmp_path / "sum")
+    assert not (tmp_path / "sum").exists()
 
 
 # with the ledger: each device once

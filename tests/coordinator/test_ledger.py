@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import stat
 import threading
@@ -63,10 +64,24 @@ def test_a_ledger_of_another_schema_is_refused_and_left_as_it_is(tmp_path: Path)
     with sqlite3.connect(path) as db:
         db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
         db.execute("INSERT INTO meta VALUES ('schema', '99')")
-    with pytest.raises(StoreError, match="is of schema 99, this coordinator writes 1: use the version that made it"):
+    with pytest.raises(StoreError, match="is of schema 99, this coordinator writes 2: use the version that made it"):
         Ledger(path)
     with sqlite3.connect(path) as db:
         assert db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall() == [("meta",)]
+
+
+def test_a_ledger_of_schema_1_is_taken_over_with_float32_as_the_codec_of_what_is_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    Ledger(path).close()
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute("ALTER TABLE contributions DROP COLUMN codec")
+        db.execute("UPDATE meta SET value = '1' WHERE key = 'schema'")
+        db.execute("INSERT INTO contributions VALUES ('run', 1, 'a', x'01', 5, 2, '{}', 0.0, 0)")
+    for _ in range(2):
+        ledger = Ledger(path)
+        assert ledger.get("schema") == "2"
+        assert ledger.contributions("run", 1)["a"].codec == "f32"
+        ledger.close()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -98,6 +100,14 @@ def test_a_depth_that_the_model_does_not_have_is_never_granted(method: str) -> N
     assert depths(method, {"forged": forged}) == {"forged": None}
     both = join(table=(*TABLE, row(1000, peak_mib=1, epoch_s=0.0)))
     assert depths(method, {"both": both, "strong": STRONG})["both"] in range(BLOCKS + 1)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_codec_that_the_coordinator_does_not_know_is_never_granted(method: str) -> None:
+    known, unknown = (tuple(replace(r, codec=codec) for r in TABLE) for codec in ("int8", "int2"))
+    chosen = configure_train(method, {"a": join(table=unknown), "b": join(table=(*unknown, *known))}, BLOCKS, 1)
+    assert chosen["a"].row is None
+    assert chosen["b"].row and chosen["b"].row.codec == "int8"
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

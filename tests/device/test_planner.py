@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_runtime.codecs import CHOSEN, update_bytes
 from edge_runtime.cost import Calibration, DataShape, cost
 from edge_runtime.errors import DoesNotFit, UsageError
 from edge_runtime.planner import (
@@ -126,6 +127,40 @@ def test_each_budget_by_itself_takes_the_plan_from_all_blocks_to_none_and_never_
     assert depths[-1] == -1
     assert depths == sorted(depths, reverse=True)
     assert set(depths) >= {4, 3, 2, 1, 0, -1} or which == "memory_bytes"
+
+
+def test_with_auto_an_upload_budget_takes_first_the_finest_codec_then_the_depth() -> None:
+    settings = dataclasses.replace(SETTINGS, codec="auto")
+    whole = choose(cost_table(SPEC, DATA, settings, CALIBRATION, NO_LIMIT), NO_LIMIT, 2)
+    assert (whole.depth, whole.codec) == (4, "f32")
+    seen: list[tuple[int, str]] = []
+    for step in range(140):
+        budget = dataclasses.replace(NO_LIMIT, upload_bytes=int(whole.upload_bytes * 0.92**step))
+        try:
+            chosen = choose(cost_table(SPEC, DATA, settings, CALIBRATION, budget), budget, 2)
+        except DoesNotFit:
+            break
+        assert chosen.upload_bytes == update_bytes(SPEC, chosen.depth, chosen.codec) <= (budget.upload_bytes or 0)
+        seen.append((chosen.depth, chosen.codec))
+    at_full_depth = list(dict.fromkeys(codec for depth, codec in seen if depth == 4))
+    assert at_full_depth == list(CHOSEN[: len(at_full_depth)]) and len(at_full_depth) >= 4
+    depths = [depth for depth, _ in seen]
+    assert depths == sorted(depths, reverse=True) and depths[-1] == 0
+
+
+def test_a_codec_that_is_named_stays_whatever_the_plan_shrinks_to() -> None:
+    settings = dataclasses.replace(SETTINGS, codec="int4")
+    rows = cost_table(SPEC, DATA, settings, CALIBRATION, NO_LIMIT)
+    assert {row.codec for row in rows} == {"int4"}
+    granted = dataclasses.replace(choose(rows, NO_LIMIT, 2), codec="int8", upload_bytes=5)
+    tight = Budget(granted.peak_bytes - MIB)
+    smaller = shrink(
+        make_plan(granted, DATA, settings), cost_table(SPEC, DATA, settings, CALIBRATION, tight), tight.memory_bytes
+    )
+    assert smaller and smaller.chosen.peak_bytes < granted.peak_bytes
+    assert (smaller.chosen.codec, smaller.chosen.upload_bytes) == ("int8", 5)
+    for row in smaller_rows(SPEC, DATA, settings, CALIBRATION, granted):
+        assert row.codec == "int8"
 
 
 def test_a_table_has_every_depth_without_and_with_checkpointing_and_the_head_once() -> None:

@@ -82,11 +82,13 @@ class Fleet:
     def __init__(
         self, folder: Path, model: Path, *, devices: int = 2, rounds: int = 2, broker: str = "embedded", method: str = "caff", epochs: int = 1, cache: Path | None = None,
         memory: Sequence[str] = (), goal: int | None = None, quorum: int | None = None, report_timeout_s: float = 300.0,
+        codec: str = "f32", upload: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.folder, self.broker, self.port = folder, broker, _free_port()
         self.fleet = folder / "fleet"
         self.devices = [f"device-{i}" for i in range(devices)]
         self.memory = list(memory) or ["2GB"] * devices
+        self.upload = list(upload) or [""] * devices
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         goal = goal or devices
         path = init(
@@ -96,6 +98,7 @@ class Fleet:
             path.read_text()
             .replace("report_timeout_s = 3600.0", f"report_timeout_s = {report_timeout_s}")
             .replace("epochs = 1", f"epochs = {epochs}")
+            .replace('codec = "f32"', f'codec = "{codec}"')
         )
         path.write_text(
             text.replace('kind = "embedded"', f'kind = "{"embedded" if broker == "embedded" else "external"}"')
@@ -121,9 +124,9 @@ class Fleet:
             command = ["edge_coordinator.cli", "broker", "--fleet", str(self.fleet), "--kind", self.broker, "--json"]
         else:
             config, data = self.fleet / "devices" / f"{name}.toml", self.folder / f"{name}.csv"
-            memory = self.memory[self.devices.index(name)]
+            memory, upload = (wanted[self.devices.index(name)] for wanted in (self.memory, self.upload))
             command = ["edge_runtime.cli", "join", "--config", str(config), "--data", str(data), "--state", str(self.folder / name),
-                       "--memory", memory, "--threads", "1", "--json"]  # fmt: skip
+                       "--memory", memory, "--threads", "1", "--json", *(["--upload", upload] if upload else [])]  # fmt: skip
         prefix = [sys.executable, str(HERE / "crashing.py"), str(crash_at)] if crash_at else [sys.executable, "-m"]
         with (self.folder / f"{name}.log").open("ab") as log, (self.folder / f"{name}.err").open("ab") as err:
             self.processes[name] = subprocess.Popen(

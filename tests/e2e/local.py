@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,10 @@ from edge_coordinator.fleet import Fleet as FleetFolder
 from edge_coordinator.fleet import init
 from edge_coordinator.models import Models
 from edge_coordinator.server import Server
-from edge_runtime.records import Budget, CostRow
+from edge_runtime.codecs import PACKED
+from edge_runtime.encoding import write_update
+from edge_runtime.model import ModelSpec
+from edge_runtime.records import Budget, CostRow, Plan
 from edge_runtime.store import BlobStore
 from edge_runtime.topics import Topics
 from edge_runtime.transfer import Sender
@@ -105,7 +110,7 @@ class FakeDevice:
 
     def __init__(
         self, world: World, name: str, *, table: tuple[CostRow, ...] = (), memory: int = GIB, examples: int = 10, reason: str = "",
-        update: Callable[[int], bytes] | None = None, tamper: Callable[[Offer], Offer] = lambda offer: offer, serve: bool = True,
+        update: Callable[[int], bytes] | None = None, tamper: Callable[[Offer], Offer] = lambda offer: offer, serve: bool = True, packed: bool = False,
     ) -> None:  # fmt: skip
         self.world, self.name, self.table, self.memory, self.examples, self.reason = (
             world,
@@ -115,7 +120,7 @@ class FakeDevice:
             examples,
             reason,
         )
-        self.update, self.tamper, self.serve = update, tamper, serve
+        self.update, self.tamper, self.serve, self.packed = update, tamper, serve, packed
         self.topics = Topics("test")
         self.transport = LocalTransport(world.broker, name, self.topics.device_filters(name))
         self.store = BlobStore(world.folder.parent / f"fake-{name}")
@@ -152,8 +157,12 @@ class FakeDevice:
         spec = self.world.server.run.manifest.spec
         size = sum(t.num_bytes for t in spec.suffix(grant.plan.chosen.depth))
         data = self.update(size) if self.update else constant_update(size, 0.01)
+        codec = grant.plan.chosen.codec
+        if codec != "f32":
+            data, codec = encoded(spec, grant.plan, data), codec + PACKED * self.packed
+            data = zlib.compress(data) if self.packed else data
         blob = self.store.put(data)
-        offer = Offer(grant.run, grant.round, grant.nonce, blob, len(data), "f32", self.examples, 1.0, 1, 2.0, 1.0)
+        offer = Offer(grant.run, grant.round, grant.nonce, blob, len(data), codec, self.examples, 1.0, 1, 2.0, 1.0)
         self.send("offer", self.tamper(offer))
 
     def _answer(self, body: Any) -> None:
@@ -173,9 +182,23 @@ def constant_update(size: int, value: float) -> bytes:
     return np.full(size // 4, value, "<f4").tobytes()
 
 
-def rows(*depths: int, peak: int = 1 << 20, upload: int = 1000, epoch_s: float = 1.0) -> tuple[CostRow, ...]:
+def encoded(spec: ModelSpec, plan: Plan, data: bytes) -> bytes:
+    """A float32 update in its plan's codec."""
+    sizes = {t.name: t.size for t in spec.suffix(plan.chosen.depth)}
+    values, pieces = np.frombuffer(data, "<f4"), []
+    for name, size in sizes.items():
+        pieces.append((name, values[:size]))
+        values = values[size:]
+    out = io.BytesIO()
+    write_update(out, plan.chosen.codec, sizes, pieces, plan.settings.seed)
+    return out.getvalue()
+
+
+def rows(
+    *depths: int, peak: int = 1 << 20, upload: int = 1000, epoch_s: float = 1.0, codec: str = "f32"
+) -> tuple[CostRow, ...]:
     """A cost table with these depths."""
-    return tuple(CostRow(d, False, 4, peak, 0.1, epoch_s, upload) for d in depths)
+    return tuple(CostRow(d, False, 4, peak, 0.1, epoch_s, upload, codec=codec) for d in depths)
 
 
 def lie(**changes: Any) -> Callable[[Offer], Offer]:

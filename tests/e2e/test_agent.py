@@ -20,11 +20,12 @@ import pytest
 from edge_coordinator.fleet import Fleet as FleetFolder
 from edge_runtime.agent import MAX_ATTEMPTS, SHRINK, Agent
 from edge_runtime.local import DataOptions
+from edge_runtime.records import CostRow, Plan
 from edge_runtime.session import Session
 from edge_runtime.store import BlobStore
 from edge_runtime.topics import Topics
 from edge_runtime.transport import LocalBroker, LocalTransport, Message
-from edge_runtime.wire import MAX_MANIFEST_BYTES, Model, encode
+from edge_runtime.wire import MAX_MANIFEST_BYTES, Grant, Model, encode
 from tests.e2e.fleets import write_data
 from tests.e2e.local import World, random_hash
 from tests.worlds import fill, small_disk
@@ -50,9 +51,9 @@ def own(home: Path, tmp_path: Path) -> Path:
     return shutil.copytree(home, tmp_path / "home")
 
 
-def session(home: Path) -> Session:
+def session(home: Path, upload_bytes: int | None = None) -> Session:
     return Session(
-        home / "data.csv", home / "cache", memory="2GB", time_s=None, upload_bytes=None, threads=1, options=DataOptions(), say=print
+        home / "data.csv", home / "cache", memory="2GB", time_s=None, upload_bytes=upload_bytes, threads=1, options=DataOptions(), say=print
     )  # fmt: skip
 
 
@@ -153,6 +154,26 @@ def test_tokenised_data_that_is_damaged_costs_the_round_and_is_made_anew_for_the
         assert [e["round"] for e in device.kinds("training")] == [1, 2]
         assert np.array_equal(np.load(tokens), whole)
         assert is_there(world)
+
+
+# the plan
+
+
+@pytest.mark.parametrize(("codec", "reason"), [("f32", "the upload budget is"), ("int2", "is not known here")])
+def test_a_plan_whose_codec_is_over_the_upload_budget_or_unknown_is_given_back(
+    codec: str, reason: str, tmp_path: Path, model: Path, home: Path
+) -> None:
+    world = World(tmp_path / "f", model, devices=2)  # the round waits for the other one
+    device = Device(world.broker, tmp_path / "d", home)
+    device.agent.session = session(home, upload_bytes=20_000)
+    with running(device):
+        until(lambda: world.kinds("joined"), world, device)
+        row = CostRow(2, False, 4, 1 << 20, 1.0, 1.0, 10, backend="onnx", codec=codec)
+        grant = Grant("first", 1, bytes(16), 1, Plan(row, world.server.config.train, 5), 100.0)
+        payload = encode(grant, sent_at=0.0, boot=bytes(8), sequence=1)
+        device.agent.handle(Message(Topics("test").down(NAME, "grant"), payload))
+        assert reason in device.kinds("declined")[0]["reason"]
+        assert not device.kinds("training")
 
 
 # the training process

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import struct
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from edge_runtime.wire import CHUNK_HEADER, MAX_CONTROL_BYTES, encode_chunk, pac
 from tests.samples import BLOB, MESSAGES, OTHER, message, small_manifest
 
 FOLDER = Path(__file__).parent / "files"
+SECTION_VALUES = 100
 NAN32 = b"\xca\x7f\xc0\x00\x00"
 
 
@@ -268,6 +270,62 @@ def safetensors_files() -> dict[str, bytes]:
     }
 
 
+def section_files() -> dict[str, bytes]:
+    """Sections of `SECTION_VALUES` values; the name begins with the codec."""
+    bf16_one, nan16 = b"\x80\x3f", b"\x00\x7e"
+    two_scales, ten = bf16_one * 2, bytes(range(1, 11))
+    # ten indices below 100: 3 low bits each (4 bytes), then bit index // 8 + rank of 22 (3 bytes)
+    lows, highs = bytes(4), sum(1 << (high + rank) for rank, high in enumerate(range(0, 10))).to_bytes(3, "little")
+    same = sum(1 << rank for rank in range(10)).to_bytes(3, "little")
+    beyond = sum(1 << (high + rank) for rank, high in enumerate([*range(9), 12])).to_bytes(3, "little")
+    return {
+        "ok-f32-zeros": bytes(400),
+        "f32-nan": bytes(396) + b"\x00\x00\xc0\x7f",
+        "f32-infinite": bytes(396) + b"\x00\x00\x80\x7f",
+        "f32-cut": bytes(399),
+        "ok-f16-subnormal": b"\x01\x00" * 100,
+        "f16-nan": bytes(198) + nan16,
+        "f16-infinite": bytes(198) + b"\x00\x7c",
+        "ok-int8": two_scales + b"\x81" * 50 + b"\x7f" * 50,
+        "int8-minus-128": two_scales + bytes(99) + b"\x80",
+        "int8-scale-infinite": bf16_one + b"\x80\x7f" + bytes(100),
+        "int8-scale-nan": b"\xc0\x7f" + bf16_one + bytes(100),
+        "int8-scale-negative": bf16_one + b"\x80\xbf" + bytes(100),
+        "int8-scale-that-overflows": b"\x7f\x7f" * 2 + b"\x7f" * 100,
+        "int8-one-byte-more": two_scales + bytes(101),
+        "ok-int4": two_scales + b"\x1f" * 50,
+        "int4-nibble-0": two_scales + b"\x88" * 49 + b"\x80",
+        "ok-topk10": lows + highs + bf16_one + ten,
+        "topk10-index-twice": lows + same + bf16_one + ten,
+        "topk10-indices-fall": b"\x0f" + bytes(3) + same + bf16_one + ten,
+        "topk10-index-beyond": bytes(3) + b"\x38" + beyond + bf16_one + ten,
+        "topk10-index-too-few": lows + b"\x01\x00\x00" + bf16_one + ten,
+        "topk10-index-too-many": lows + b"\xff\xff\x3f" + bf16_one + ten,
+        "topk10-bits-behind-the-low-ones": bytes(3) + b"\x40" + highs + bf16_one + ten,
+        "topk10-bits-behind-the-high-ones": lows + highs[:2] + bytes([highs[2] | 0x80]) + bf16_one + ten,
+        "topk10-int8-minus-128": lows + highs + bf16_one + b"\x80" + ten[1:],
+        "topk10-cut": lows + highs + bf16_one + ten[:-1],
+    }
+
+
+def update_files() -> dict[str, bytes]:
+    """Updates of the head of `small_spec()`, two tensors of 6 and 1 values, in f16 through zlib."""
+    whole = zlib.compress(bytes(14), 0)  # stored, so that every zlib writes the same bytes
+    return {
+        "ok-zeros": whole,
+        "empty": b"",
+        "no-zlib": bytes(14),
+        "cut": whole[:-1],
+        "checksum-wrong": whole[:-1] + b"\xff",
+        "one-byte-less": zlib.compress(bytes(13), 0),
+        "one-byte-more": zlib.compress(bytes(15), 0),
+        "longer-than-a-buffer": zlib.compress(bytes(200_000), 0),
+        "trailing-byte": whole + b"\0",
+        "two-streams": whole + whole,
+        "nan": zlib.compress(bytes(12) + b"\x00\x7e", 0),
+    }
+
+
 def hostile_files() -> dict[str, bytes]:
     """All of them, by path below `files/`."""
     folders = {
@@ -275,6 +333,8 @@ def hostile_files() -> dict[str, bytes]:
         "manifest": manifest_files(),
         "chunk": chunk_files(),
         "safetensors": safetensors_files(),
+        "section": section_files(),
+        "update": update_files(),
     }
     return {f"{folder}/{name}": data for folder, files in folders.items() for name, data in files.items()}
 

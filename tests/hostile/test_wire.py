@@ -17,6 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_runtime.codecs import CODECS
+from edge_runtime.encoding import decode_section, read_update
 from edge_runtime.errors import EdgeError, ModelError, WireError
 from edge_runtime.manifest import MAX_MANIFEST_BYTES, Manifest, decode_manifest, encode_manifest
 from edge_runtime.records import CostRow, Plan
@@ -34,8 +36,8 @@ from edge_runtime.wire import (
     unpack,
     unpack_as,
 )
-from tests.hostile.make_files import FOLDER, hostile_files
-from tests.samples import BLOB, BOOT, message, quickly, small_manifest
+from tests.hostile.make_files import FOLDER, SECTION_VALUES, hostile_files
+from tests.samples import BLOB, BOOT, message, quickly, small_manifest, small_spec
 
 FILES = hostile_files()
 KINDS = st.sampled_from(sorted(MESSAGES))
@@ -110,6 +112,10 @@ def read_one(name: str) -> Any:
         return decode(path.read_bytes(), file.removeprefix("ok-").partition("-")[0])
     if folder == "manifest":
         return decode_manifest(path.read_bytes())
+    if folder == "section":
+        return decode_section(CODECS[file.removeprefix("ok-").partition("-")[0]], SECTION_VALUES, path.read_bytes())
+    if folder == "update":
+        return list(read_update(path, small_spec(), 0, "f16+zlib"))
     return decode_chunk(path.read_bytes()) if folder == "chunk" else read_safetensors(path)
 
 

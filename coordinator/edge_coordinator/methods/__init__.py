@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from edge_coordinator.methods import baselines, caff
+from edge_runtime.codecs import CODECS
 from edge_runtime.records import CostRow
 from edge_runtime.wire import Join
 
@@ -39,12 +40,14 @@ def configure_train(method: str, joins: Mapping[str, Join], num_blocks: int, epo
 
     Args:
         joins: what each device said it could do; rows over its own budgets, and of depths that the model does not
-            have, are not offered to the method.
+            have or of codecs that are not known, are not offered to the method.
     """
     from edge_runtime.planner import feasible
 
     tables = {
-        device: feasible([row for row in join.table if row.depth <= num_blocks], join.budget, epochs)
+        device: feasible(
+            [row for row in join.table if row.depth <= num_blocks and row.codec in CODECS], join.budget, epochs
+        )
         for device, join in joins.items()
     }
     chosen = METHODS[method](tables, num_blocks)
