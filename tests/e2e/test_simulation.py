@@ -303,3 +303,25 @@ def test_a_part_is_the_data_set_that_a_device_would_have_made(world: World, tmp_
 def test_options_that_make_no_sense_are_refused(changes: dict[str, Any], message: str, world: World) -> None:
     with pytest.raises(UsageError, match=message):
         Simulation(world.folder, world.options(**changes), progress=print, say=print, keep_going=lambda: True)
+
+
+def test_updates_go_in_the_fleets_codec_and_are_as_large_as_they_are(world: World) -> None:
+    sent = {}
+    for codec in ("f32", "int8"):
+        folder = world.fleet(f"codec-{codec}", rounds=1, goal=2)
+        config = folder / "fleet.toml"
+        config.write_text(config.read_text().replace('codec = "f32"', f'codec = "{codec}"'))
+        simulate(folder, world.options(devices=2, classes="here", partition="iid", dropout=0.0))
+        row = rounds_of(folder)[1]
+        assert (row["state"], row["committed"]) == ("published", 2)
+        sent[codec] = row["bytes_up"]
+    assert sent["int8"] < 0.3 * sent["f32"]
+
+
+@pytest.mark.parametrize("codec", ["topk10", "auto"])
+def test_a_codec_with_error_feedback_is_refused(codec: str, world: World) -> None:
+    folder = world.fleet(f"refused-{codec}")
+    config = folder / "fleet.toml"
+    config.write_text(config.read_text().replace('codec = "f32"', f'codec = "{codec}"'))
+    with pytest.raises(UsageError, match="no error feedback"):
+        Simulation(folder, world.options(), progress=print, say=print, keep_going=lambda: True)

@@ -255,7 +255,7 @@ class VirtualFleet:
             nonce=grant.nonce,
             blob=blob,
             num_bytes=num_bytes,
-            codec="f32",
+            codec=report.codec,
             num_examples=report.num_examples,
             train_s=row["train_s"],
             peak_bytes=row["peak_bytes"],

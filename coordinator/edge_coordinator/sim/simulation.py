@@ -25,6 +25,7 @@ from edge_coordinator.sim.pool import Pool
 from edge_coordinator.sim.results import Results, Row
 from edge_coordinator.sim.speed import measured_gflops, scaled
 from edge_runtime.calibration import calibrate
+from edge_runtime.codecs import AUTO, CODECS
 from edge_runtime.cost import Calibration, DataShape
 from edge_runtime.engine import Engine, EngineOptions, find_engine
 from edge_runtime.errors import StoreError, UsageError
@@ -92,6 +93,7 @@ class Simulation:
         self._rewind()
         self.models: Models = self.fleet.models(say)
         config, newest = self.fleet.config, self.models.newest()
+        _check_codec(config.train.codec)
         assert newest, "the first model was just imported"
         manifest = newest[0]
         say("reading the data")
@@ -358,6 +360,13 @@ class Simulation:
             self.virtual.downloads.changed |= dict.fromkeys(row["changed_parts"], row["model_version"])
             for work in row["devices"]:
                 by_name[work["device"]].held = work["held"]
+
+
+def _check_codec(codec: str) -> None:
+    """Error feedback is a device's state over rounds, which virtual devices do not have yet."""
+    if codec == AUTO or CODECS[codec].sparse:
+        dense = ", ".join(name for name, made in CODECS.items() if not made.sparse)
+        raise UsageError(f"the simulation knows no error feedback: the codec must be one of {dense}, it is {codec!r}")
 
 
 def _check(options: SimOptions) -> None:
