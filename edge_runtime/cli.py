@@ -102,7 +102,9 @@ def _add_train(commands: Commands) -> None:
         "edge-runtime train minilm-l3 --data t.csv --test held.csv --out m --memory 400MB --epochs 3",
     )
     _training_flags(train)
-    train.add_argument("--out", required=True, type=Path, help="folder for the finetuned model")
+    train.add_argument(
+        "--out", required=True, type=Path, help="folder for the finetuned model; one that is there already is replaced"
+    )
     train.add_argument(
         "--depth", type=int, help="train this suffix depth instead of the deepest that fits (0 = the head)"
     )
@@ -215,7 +217,7 @@ def _settings_flags(command: argparse.ArgumentParser) -> None:
         "--optimizer",
         default=base.optimizer,
         choices=OPTIMIZERS,
-        help="from most to least memory: 8, 2, 4 or 0 bytes of state for each trained weight (%(default)s)",
+        help="with 8, 2, 4 or 0 bytes of state for each trained weight, in this order (%(default)s)",
     )
     add("--seed", type=int, default=base.seed, help="(%(default)s)")
     rank = "train LoRA adapters of this rank instead of the blocks themselves (%(default)s = the blocks)"

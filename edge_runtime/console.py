@@ -58,11 +58,21 @@ def new_parser(
 
 
 def run_main(main: Callable[[], int]) -> int:
-    """Run a command: our errors become one line and their exit code; Ctrl-C ends with 130; a closed pipe is no error.
+    """Run a command: our errors become one line and their exit code; Ctrl-C, SIGTERM and SIGHUP clean up and end with 130.
 
-    What could not be printed because the disk is full is one, at the end.
+    A closed pipe is no error. What could not be printed because the disk is full is one, at the end.
     """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+    def interrupt(number: int, frame: object) -> None:
+        for asked in before:
+            signal.signal(asked, signal.SIG_IGN)  # once is enough: what cleans up is not interrupted
+        raise KeyboardInterrupt
+
     try:
+        for number, handler in before.items():
+            if handler == signal.SIG_DFL:  # not where nohup has it ignored
+                signal.signal(number, interrupt)
         code = main()
         sys.stdout.flush()
         return _no_space() if _lost else code
@@ -79,6 +89,8 @@ def run_main(main: Callable[[], int]) -> int:
             raise
         return _no_space()
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         for stream in filter(None, (sys.stdout, sys.stderr)):  # None where the caller closed it
             _give_up_unprinted(stream)
 

@@ -16,8 +16,13 @@ from edge_runtime.cost import GRAPH_BACKEND
 from edge_runtime.errors import MissingExtra, UsageError
 from edge_runtime.graphs.bundle import BIAS_GRAPH
 from edge_runtime.graphs.find import find_graphs, read_graphs
+from edge_runtime.optional import install_command
 from edge_runtime.source import Source
 
+INSTALL_TRAIN = install_command("train")
+WITHOUT_TORCH = (
+    "take a model that graphs are bundled for, such as minilm-l6, or derive them on another machine: docs/operations.md"
+)
 BACKENDS = ("auto", GRAPH_BACKEND, "torch")
 PRECISIONS = ("float32", "int8")
 
@@ -97,16 +102,16 @@ def find_engine(
     if options.backend == GRAPH_BACKEND or (wants and options.backend == "auto"):
         raise MissingExtra(
             "there are no training graphs for this model, and torch to derive them is not installed: "
-            "pip install 'edge-runtime[train]', or take a model that they are bundled for, such as minilm-l6"
+            f"{INSTALL_TRAIN}, or {WITHOUT_TORCH}"
         )
     if wants:
         raise UsageError(f"{wants[0]} needs the backend onnx: leave --backend away")
-    torch_version()
+    torch_version("this model has no training graphs, so training it needs torch")
     return Engine("torch", None, 0, "float32", False)
 
 
-def torch_version() -> str:
-    """The installed torch, without importing it.
+def torch_version(why: str = "the backend torch needs torch") -> str:
+    """The installed torch, without importing it. `why` it is wanted.
 
     Raises:
         MissingExtra: there is none.
@@ -114,7 +119,4 @@ def torch_version() -> str:
     try:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        raise MissingExtra(
-            "this model has no training graphs, so training it needs torch, which is not installed: "
-            "pip install 'edge-runtime[train]'"
-        ) from None
+        raise MissingExtra(f"{why}, which is not installed: {INSTALL_TRAIN}, or {WITHOUT_TORCH}") from None

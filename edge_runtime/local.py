@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -37,6 +38,8 @@ from edge_runtime.source import (
 from edge_runtime.store import cache_folder, make_folder, read_json
 from edge_runtime.training.process import Worker, model_job, run_worker, wait_for
 from edge_runtime.wire import from_plain, to_plain
+
+SCRATCH = ".training."  # and the number of the process: in the folder that is written to
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,8 @@ def train(
     chosen = _chosen(planned, depth)
     is_new = not out.exists()
     make_folder(out)
-    scratch = Path(tempfile.mkdtemp(dir=out, prefix=".training."))
+    _remove_left_over(out)
+    scratch = Path(tempfile.mkdtemp(dir=out, prefix=f"{SCRATCH}{os.getpid()}."))
     try:
         update = scratch / "update.f32"
         job = (
@@ -259,6 +263,14 @@ def train(
             with contextlib.suppress(OSError):
                 out.rmdir()  # only an empty folder can be: nothing came of it
     return Trained(out, report, worker.enforced_by)
+
+
+def _remove_left_over(out: Path) -> None:
+    """Scratch folders of trainings that were killed."""
+    for folder in out.glob(f"{SCRATCH}*"):
+        owner = folder.name.removeprefix(SCRATCH).split(".")[0]
+        if not Path("/proc", owner).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _corrected(error: TrainingFailed, planned: Planned, plan: Plan, device: Device) -> TrainingFailed:

@@ -19,6 +19,9 @@ def require(module: str, *, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
             raise  # the module is there, something inside it is not: that is not a missing extra
-        raise MissingExtra(
-            f"{module} is needed for this and is not installed: pip install 'edge-runtime[{extra}]'"
-        ) from error
+        raise MissingExtra(f"{module} is needed for this and is not installed: {install_command(extra)}") from error
+
+
+def install_command(extra: str) -> str:
+    """How a person gets an extra: from a checkout, since there is no package on an index."""
+    return f"in the checkout, pip install '.[{extra}]'"

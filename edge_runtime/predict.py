@@ -293,6 +293,7 @@ def run_session(session: onnxruntime.InferenceSession, ids: Array, mask: Array) 
 def _graph_set(source: Source, before: MappedNetwork | None, cache: Path, progress: Callable[[str], None]) -> GraphSet:
     """The graphs that run a model: those of the version before, those that came with it, or what is known here."""
     from edge_runtime.graphs.find import find_graphs, read_graphs
+    from edge_runtime.optional import install_command
 
     if before is not None and (before.spec == source.spec or before.graph_set.fits(source.spec)):
         return before.graph_set
@@ -301,7 +302,7 @@ def _graph_set(source: Source, before: MappedNetwork | None, cache: Path, progre
     path = find_graphs(source.spec, source.weights, cache, progress=progress)
     if path is None:
         raise MissingExtra(
-            f"no graphs are known here for this {source.spec.family}: pip install 'edge-runtime[train]' to derive them "
+            f"no graphs are known here for this {source.spec.family}: {install_command('train')} to derive them "
             "once, or run `edge-runtime export` on another machine and predict with the file"
         )
     return read_graphs(path)

@@ -151,7 +151,7 @@ def test_torch_asked_for_and_not_installed_names_the_pip_command(tmp_path: Path)
         "torch",
     )
     assert done.returncode == 8
-    assert "pip install 'edge-runtime[train]'" in done.stderr
+    assert "pip install '.[train]'" in done.stderr
 
 
 def test_import_edge_runtime_loads_nothing_heavy() -> None:
