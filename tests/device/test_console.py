@@ -95,3 +95,38 @@ def test_output_that_a_full_disk_does_not_take_is_one_line_and_the_exit_code_of_
     done = on_a_full_disk(f"import sys; from {module} import main; sys.exit(main())", *arguments)
     assert (done.returncode, done.stderr.count(b"\n")) == (10, 1)
     assert b"no space left" in done.stderr
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_command_that_is_asked_to_end_cleans_up_once_and_exits_with_130(number: str, tmp_path: Path) -> None:
+    code = f"""
+import os, signal, sys, time
+from edge_runtime.console import run_main
+
+def main():
+    try:
+        os.kill(os.getpid(), signal.{number})
+        time.sleep(60)
+    finally:
+        if signal.{number} != signal.SIGINT:
+            os.kill(os.getpid(), signal.{number})  # a second one, while it cleans up
+        open(sys.argv[1], "w").write("clean")
+    return 0
+
+sys.exit(run_main(main))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "file")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
+    assert (tmp_path / "file").read_text() == "clean"
+
+
+def test_what_nohup_has_ignored_stays_ignored() -> None:
+    code = """
+import os, signal, sys
+from edge_runtime.console import run_main
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+sys.exit(run_main(lambda: os.kill(os.getpid(), signal.SIGHUP) or 7))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 7

@@ -8,8 +8,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,30 @@ def test_a_budget_that_nothing_fits_is_refused_with_the_bytes_needed(data: Path,
     assert done.returncode == 5
     assert "not even the head" in done.stderr and "MiB" in done.stderr
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.slow
+def test_a_training_that_is_asked_to_end_leaves_nothing_and_what_a_kill_left_goes_with_the_next(
+    data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "m"
+    command = [sys.executable, "-m", "edge_runtime.cli", "train", "minilm-l3", "--data", str(data), "--out", str(out)]
+
+    def stop(number: signal.Signals) -> int:
+        process = subprocess.Popen([*command, "--epochs", "50", "--threads", "1"], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not list(out.glob(".training.*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert list(out.glob(".training.*")), "it trains"
+        process.send_signal(number)
+        return process.wait(30)
+
+    assert stop(signal.SIGTERM) == 130
+    assert not out.exists()
+    assert stop(signal.SIGKILL) == -signal.SIGKILL
+    assert list(out.glob(".training.*"))
+    result(run(None, "train", "minilm-l3", "--data", str(data), "--out", str(out), "--depth", "0", "--json"))
+    assert not list(out.glob(".training.*")) and (out / "model.safetensors").exists()
 
 
 @pytest.mark.slow
