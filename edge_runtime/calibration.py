@@ -12,9 +12,9 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from edge_runtime.cost import LAW, Calibration, DataShape
+from edge_runtime.cost import GRAPH_BACKEND, LAW, Calibration, DataShape
 from edge_runtime.engine import Engine, torch_version
-from edge_runtime.errors import StoreError, WireError
+from edge_runtime.errors import DoesNotFit, StoreError, TrainingFailed, WireError
 from edge_runtime.model import ModelSpec
 from edge_runtime.source import Source
 from edge_runtime.store import read_json, write_json
@@ -22,8 +22,11 @@ from edge_runtime.training.process import model_job, run_worker
 from edge_runtime.wire import from_plain, to_plain
 
 LENGTH_STEP = 8
+PROBE_S = 900.0  # after which a probe has failed
+LEAST_LIMIT = 1 << 20
+MOST_ROOM = 4 << 30  # budgets above this are one to the probe
 LEAST_CORRECTION, MOST_CORRECTION = 1.05, 4.0  # of the promised peak, after a kill
-LAW_VERSION = 6  # one more when the probe or the law changes, so that older measurements are not used
+LAW_VERSION = 7  # one more when the probe or the law changes, so that older measurements are not used
 
 
 def calibrate(
@@ -34,15 +37,34 @@ def calibrate(
     threads: int,
     cache: Path,
     *,
-    limit_bytes: int | None = None,
+    budget_bytes: int,
+    limit_bytes: int,
 ) -> Calibration:
-    """The remembered calibration, or a fresh one from a probe of a few seconds in its own process."""
-    choices = _choices(source.spec, engine, data, optimizer, threads)
+    """The remembered calibration, or a fresh one from a probe of a few seconds in its own process.
+
+    Args:
+        budget_bytes: of a training; what takes clearly more is not measured.
+        limit_bytes: what the probe may take at most.
+
+    Raises:
+        DoesNotFit: the probe was killed for memory.
+        TrainingFailed, ModelError: it ended without a result, the model cannot be run.
+    """
+    choices = _choices(source.spec, engine, data, optimizer, threads, budget_bytes)
     file = _file(cache, source.spec, engine, choices)
-    if known := _read(file):
+    if known := _read(file, engine):
         return known
     job = {**model_job("probe", source.spec, source.weights), **engine.job(cache), **choices}
-    result = run_worker(job, threads=threads, limit_bytes=limit_bytes)
+    try:
+        result = run_worker(job, threads=threads, limit_bytes=max(limit_bytes, LEAST_LIMIT), timeout_s=PROBE_S)
+    except TrainingFailed as error:
+        if not (error.out_of_memory or error.killed):
+            raise
+        raise DoesNotFit(
+            f"not even measuring this model fits into the {limit_bytes / 2**20:.0f} MiB that are available ({error}): "
+            "free memory, or choose a smaller model or max_length",
+            needed_bytes=limit_bytes + 1,
+        ) from None
     write_json(file, result)
     fresh: Calibration = from_plain(Calibration, result["calibration"], "calibration")
     return fresh
@@ -58,10 +80,11 @@ def correct(
     *,
     promised_bytes: int,
     limit_bytes: int,
+    budget_bytes: int,
 ) -> Calibration | None:
     """After a process was killed at its limit, above its promise: from now on promise more. None if nothing was remembered."""
-    file = _file(cache, spec, engine, _choices(spec, engine, data, optimizer, threads))
-    known = _read(file)
+    file = _file(cache, spec, engine, _choices(spec, engine, data, optimizer, threads, budget_bytes))
+    known = _read(file, engine)
     if known is None:
         return None
     more = max(LEAST_CORRECTION, LEAST_CORRECTION * limit_bytes / max(1, promised_bytes))
@@ -70,27 +93,38 @@ def correct(
     return corrected
 
 
-def _choices(spec: ModelSpec, engine: Engine, data: DataShape, optimizer: str, threads: int) -> dict[str, object]:
+def _choices(
+    spec: ModelSpec, engine: Engine, data: DataShape, optimizer: str, threads: int, budget_bytes: int
+) -> dict[str, object]:
     """What the probe is told besides the model."""
+    room = 1 << max(0, budget_bytes - 1).bit_length()  # rounded up, so that few budgets differ
     mean, longest = (_round(n, spec.max_length) for n in (data.mean_length, data.longest))
     choices: dict[str, object] = {"mean": mean, "longest": longest, "threads": threads, "optimizer": optimizer}
-    return {**choices, "rank": engine.rank, "precision": engine.precision}
+    return {**choices, "rank": engine.rank, "precision": engine.precision, "room": min(room, MOST_ROOM)}
 
 
 def _file(cache: Path, spec: ModelSpec, engine: Engine, choices: Mapping[str, object]) -> Path:
     return cache / "calibration" / f"{_key(spec, engine, choices)}.json"
 
 
-def _read(file: Path) -> Calibration | None:
-    """None where there is none, or a damaged one: it is measured again."""
+def _read(file: Path, engine: Engine) -> Calibration | None:
+    """None where there is none, or a damaged one, or another engine's: it is measured again."""
     try:
         found = read_json(file)
         if found is not None:
             calibration: Calibration = from_plain(Calibration, found["calibration"], "calibration")
-            return calibration
+            return calibration if _is_sound(calibration, engine) else None
     except (StoreError, WireError, KeyError, TypeError):
         pass
     return None
+
+
+def _is_sound(calibration: Calibration, engine: Engine) -> bool:
+    c = calibration
+    if (c.backend, c.rank, c.precision) != (engine.backend, engine.rank, engine.precision):
+        return False
+    measured = all(points and min(p.peak_bytes for p in points) > 0 for points in (c.head_peaks, c.block_peaks))
+    return c.correction <= MOST_CORRECTION and (measured or c.backend != GRAPH_BACKEND)
 
 
 def _round(length: float, most: int) -> int:

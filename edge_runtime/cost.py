@@ -140,9 +140,9 @@ def graph_peak_bytes(
 
 
 def between(points: Sequence[Point], tokens: int) -> float:
-    """The line through the two measured points around `tokens`, or the nearest two, continued."""
+    """The line through the two measured points around `tokens`, or the nearest two, continued; of one, a share and no less."""
     if len(points) < 2:
-        return float(points[0].peak_bytes) if points else 0.0
+        return points[0].peak_bytes * max(1.0, tokens / points[0].tokens) if points else 0.0
     number = sum(p.tokens < tokens for p in points[1:-1])
     low, high = points[number], points[number + 1]
     slope = (high.peak_bytes - low.peak_bytes) / max(1, high.tokens - low.tokens)

@@ -21,7 +21,7 @@ from edge_runtime.budget import memory_budget, parse_bytes, parse_seconds
 from edge_runtime.calibration import calibrate, correct
 from edge_runtime.cost import Calibration, DataShape
 from edge_runtime.engine import Engine, EngineOptions, check_options, find_engine, torch_version
-from edge_runtime.errors import DataError, DoesNotFit, TrainingFailed, UsageError
+from edge_runtime.errors import DataError, DoesNotFit, StoreError, TrainingFailed, UsageError
 from edge_runtime.planner import check_settings, choose, cost_table, make_plan, mib, over_budget, smaller_rows
 from edge_runtime.records import Budget, CostRow, DeviceProfile, Plan, TrainReport, TrainSettings
 from edge_runtime.source import (
@@ -123,6 +123,8 @@ def prepare(
     found = run_worker(job)
     shape = read_shape(Path(found["folder"]))
     test_corpus = Path(found["test_folder"]) if found["test_folder"] else None
+    if test_corpus:  # what is measured at the end stays within the promise, too
+        shape = dataclasses.replace(shape, longest=max(shape.longest, read_shape(test_corpus).longest))
     return Prepared(
         Path(found["folder"]),
         test_corpus,
@@ -184,7 +186,16 @@ def plan(
     source = open_source(checkpoint, prepared.labels, cache)
     found = find_engine(source, engine, settings.lora_rank, cache, progress)
     progress("measuring this machine with the model")
-    calibration = calibrate(source, found, prepared.data, settings.optimizer, device.threads, cache)
+    calibration = calibrate(
+        source,
+        found,
+        prepared.data,
+        settings.optimizer,
+        device.threads,
+        cache,
+        budget_bytes=budget.memory_bytes,
+        limit_bytes=memory_budget("auto", device.profile),
+    )
     cached = found.cached and settings.epochs > 1
     rows = cost_table(source.spec, prepared.data, settings, calibration, budget, cached)
     why_not = tuple(over_budget(row, budget, settings.epochs) for row in rows)
@@ -279,7 +290,7 @@ def _corrected(error: TrainingFailed, planned: Planned, plan: Plan, device: Devi
         return error
     promised, limit = plan.chosen.peak_bytes, planned.budget.memory_bytes
     what = (planned.source.spec, planned.engine, planned.prepared.data, plan.settings.optimizer)
-    correct(*what, device.threads, cache_folder(), promised_bytes=promised, limit_bytes=limit)
+    correct(*what, device.threads, cache_folder(), promised_bytes=promised, limit_bytes=limit, budget_bytes=limit)
     return TrainingFailed(
         f"{error}, though {mib(promised)} were promised: the promises for this model are corrected, run the command again",
         out_of_memory=True,
@@ -304,7 +315,14 @@ def _chosen(planned: Planned, depth: int | None) -> Plan:
 
 
 def read_shape(corpus: Path) -> DataShape:
-    """What the costs depend on in a tokenised data set."""
+    """What the costs depend on in a tokenised data set.
+
+    Raises:
+        StoreError: it is damaged.
+    """
     stats = read_json(corpus / "corpus.json")
-    mean = sum(n * count for n, count in enumerate(stats["lengths"])) / stats["num_examples"]
-    return DataShape(stats["num_examples"], stats["longest"], mean)
+    try:
+        mean = sum(n * count for n, count in enumerate(stats["lengths"])) / stats["num_examples"]
+        return DataShape(stats["num_examples"], stats["longest"], mean)
+    except (KeyError, TypeError, ZeroDivisionError):
+        raise StoreError(f"{corpus / 'corpus.json'} is damaged: delete the folder {corpus}") from None

@@ -125,6 +125,7 @@ class Session:
             self._cache,
             promised_bytes=plan.chosen.peak_bytes,
             limit_bytes=limit_bytes,
+            budget_bytes=made.budget_bytes,
         )
         if better:
             self._made = replace(made, calibration=better)
@@ -146,8 +147,18 @@ class Session:
             source = _source(manifest, store)
             shipped = store.path(manifest.graphs) if manifest.graphs else None
             engine = find_engine(source, self._engine, settings.lora_rank, self._cache, self._say, shipped)
-            calibration = calibrate(source, engine, prepared.data, settings.optimizer, self.threads, self._cache)
-            self._made = _Made(key, prepared.corpus, prepared.data, engine, calibration)
+            budget_bytes = self.budget().memory_bytes
+            calibration = calibrate(
+                source,
+                engine,
+                prepared.data,
+                settings.optimizer,
+                self.threads,
+                self._cache,
+                budget_bytes=budget_bytes,
+                limit_bytes=memory_budget("auto", self.profile()),
+            )
+            self._made = _Made(key, prepared.corpus, prepared.data, engine, calibration, budget_bytes)
         return self._made
 
 
@@ -160,6 +171,7 @@ class _Made:
     data: DataShape
     engine: Engine
     calibration: Calibration
+    budget_bytes: int  # for which it was measured
 
 
 def _source(manifest: Manifest, store: BlobStore) -> Source:

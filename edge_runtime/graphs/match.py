@@ -75,13 +75,14 @@ class _Match:
     """Compares the graphs of a set; what differs comes out in words."""
 
     def __init__(self, graphs: GraphSet) -> None:
-        self._graphs = graphs.graphs
+        self._graphs, self._row_tables = graphs.graphs, graphs.row_tables
         self._read: dict[str, GraphFacts] = {}
 
     def all(self, spec: ModelSpec) -> Iterator[str]:
         """Every difference."""
         yield from self._inputs(EMBED_GRAPH, _tensors(part_tensors(spec, EMBED)), EMBED_INPUTS)
         yield from self._has(EMBED_GRAPH, ("hidden", "bias"))
+        yield from self._tables({t.name: t.shape for t in part_tensors(spec, EMBED)})
         if BIAS_GRAPH in self._graphs:
             yield from self._inputs(BIAS_GRAPH, {}, {"mask"})
             yield from self._has(BIAS_GRAPH, ("bias",))
@@ -97,6 +98,15 @@ class _Match:
         yield from self._has(HEAD_FORWARD, ("logits",))
         yield from self._inputs(HEAD_BACKWARD, head, HEAD_INPUTS, every=False)
         yield from self._gradients(HEAD_BACKWARD, head, ("loss", "d_hidden"))
+
+    def _tables(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+        """Tensors of which only the rows at hand are read: matrices, by an input that numbers rows."""
+        given = self._facts(EMBED_GRAPH).inputs
+        for tensor, index in self._row_tables.items():
+            if index not in EMBED_INPUTS & given.keys() or index == "mask":
+                yield f"{EMBED_GRAPH} numbers the rows of {tensor!r} by {index!r}"
+            elif len(shapes.get(tensor, ())) != 2:
+                yield f"{EMBED_GRAPH} reads rows of {tensor!r}, which is no matrix of the embedding"
 
     def _block(self, name: str, tensors: Tensors, hidden: int) -> Iterator[str]:
         shape = self._facts(name + FORWARD).inputs.get("hidden", Value(FLOAT, ())).shape
@@ -147,8 +157,11 @@ class _Match:
 
     def _has(self, name: str, outputs: Iterable[str]) -> Iterator[str]:
         for output in outputs:
-            if output not in self._facts(name).outputs:
-                yield f"{name} does not give {output!r}"
+            found = self._facts(name).outputs.get(output)
+            if found is None or found.dtype != FLOAT:
+                yield f"{name} does not give {output!r} as float32"
+            elif output == "loss" and found.shape != ():
+                yield f"{name} gives a loss of {found.shape}, not one number"
 
     def _facts(self, name: str) -> GraphFacts:
         if name not in self._read:

@@ -19,6 +19,7 @@ from edge_runtime.budget import reserve_bytes
 from edge_runtime.errors import TrainingFailed
 from edge_runtime.hardware import process_memory, room
 from edge_runtime.records import CostRow
+from edge_runtime.training.cache_folders import in_memory
 from edge_runtime.training.loop import Backend, Progress
 
 if TYPE_CHECKING:
@@ -55,6 +56,18 @@ class Pressure:
         target = held.get("VmHWM", 0) - (reserve - left)
         self.smaller = next((row for row in self._rows if row.peak_bytes <= target), self._rows[-1])
         return True
+
+
+def on_disk(*folders: Path) -> Path:
+    """The first of some folders that does not lie in memory, which a saved state would fill.
+
+    Raises:
+        OSError: none.
+    """
+    for folder in folders:
+        if folder.is_dir() and not in_memory(folder):
+            return folder
+    raise OSError("every folder lies in memory")
 
 
 def begin_again(job: Mapping[str, Any], progress: Progress, arrays: Iterable[Array], folder: Path) -> NoReturn:

@@ -85,11 +85,14 @@ def run(
     done: Progress,
     progress: Callable[[int, float], None],
     cache: PrefixCache | None = None,
+    rounded: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> bool:
     """The steps of a plan that are not done yet; `progress(step, loss)` after each. -> whether it came to the end.
 
-    `stop()` is asked after each step but the last.
+    With `cache` the prefix's output is computed once for each example; `rounded`: it is rounded as the cache rounds, though
+    there is none, so that a model's bits do not depend on what a disk has room for. `stop()` is asked after each step but
+    the last.
 
     Raises:
         TrainingFailed: the loss is not finite.
@@ -99,7 +102,13 @@ def run(
     start, cpu = time.perf_counter() - done.seconds, time.process_time() - done.cpu_s
     for epoch in range(len(losses) // per_epoch, settings.epochs):
         batches = corpus.epoch(settings.batch_size, settings.seed + epoch)[len(losses) - epoch * per_epoch :]
-        for loss in _losses(backend, corpus, batches) if cache is None else _cached(backend, corpus, batches, cache):
+        for loss in (
+            _cached(backend, corpus, batches, cache)
+            if cache
+            else _rounded(backend, corpus, batches)
+            if rounded
+            else _losses(backend, corpus, batches)
+        ):
             if not math.isfinite(loss):
                 raise TrainingFailed(f"the loss is {loss} after step {len(losses) + 1}: lower the learning rate")
             losses.append(loss)
@@ -114,6 +123,14 @@ def _losses(backend: Backend, corpus: Corpus, batches: Sequence[Sequence[int]]) 
     """A step for each batch."""
     for indices in batches:
         yield backend.step(corpus.batch(indices))
+
+
+def _rounded(backend: Backend, corpus: Corpus, batches: Sequence[Sequence[int]]) -> Iterator[float]:
+    """A step for each batch from the prefix's output as a cache would give it."""
+    assert isinstance(backend, PrefixBackend), "the planner caches for backends that can use it"
+    for indices in batches:
+        batch = corpus.batch(indices)
+        yield backend.step(batch, backend.features(batch).astype("float16").astype("float32"))
 
 
 def _cached(backend: Backend, corpus: Corpus, batches: Sequence[Sequence[int]], cache: PrefixCache) -> Iterator[float]:

@@ -6,8 +6,11 @@ where it is measured.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from edge_runtime.cost import GRAPH_BACKEND, Calibration, Point, between, graph_law_bytes, law_bytes, trained_size
-from edge_runtime.errors import TrainingFailed
+from edge_runtime.cost import GRAPH_BACKEND, Calibration, Point, graph_law_bytes, law_bytes, trained_size
+from edge_runtime.errors import ModelError, TrainingFailed
 from edge_runtime.hardware import process_memory, profile, reset_peak
 from edge_runtime.model import ModelSpec
 from edge_runtime.records import CostRow, Plan, TrainSettings
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 SIZES = (1, 4, 16)  # examples of the micro-batches that are measured, as far as memory goes
 FEW = 2  # examples of torch's, whose peak is measured
+PATIENCE_S = 30.0  # no larger micro-batch is measured if its two steps would take longer
 ENOUGH_S = 0.15  # of measuring the same again
 UPDATED = 1 << 20  # values of the tensor that times the optimizer
 
@@ -47,6 +51,7 @@ class Probed:
     optimizer: str = "adamw"
     rank: int = 0
     precision: str = "float32"
+    room: int | None = None  # bytes that no plan may pass: what would take more need not be measured
 
     def settings(self, batch_size: int) -> TrainSettings:
         """For steps whose memory is measured: the optimizer without states."""
@@ -86,7 +91,7 @@ def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibrati
     from edge_runtime.training.graph_backend import GraphBackend
 
     spec, longest = probed.spec, max(4, min(probed.longest, probed.spec.max_length))
-    room = hardware_room()
+    room = min(hardware_room(), probed.room or 1 << 60)
 
     def backend_of(depth: int) -> GraphBackend:
         plan = probed.plan(GRAPH_BACKEND, depth, max(SIZES))
@@ -95,13 +100,17 @@ def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibrati
     def peaks(backend: GraphBackend, depth: int) -> tuple[Point, ...]:
         points: list[Point] = []
         rank = probed.rank if depth else 0
+        base = process_memory()["VmRSS"]
+        last, growth, taken_s = 1, 0, 0.0
         for size in SIZES:
             tokens = size * longest
-            if len(points) > 1 and between(points, tokens) * 1.2 > room:
+            if points and (base + growth * size // last > room or taken_s * size / last > PATIENCE_S):
                 break
             reset_peak()
+            begun = time.perf_counter()
             for _ in range(2):
                 backend.step(probed.batch(size, longest))
+            last, growth, taken_s = size, process_memory()["VmHWM"] - base, time.perf_counter() - begun
             held = graph_law_bytes(spec, depth, False, rank, tokens, tokens, "sgd")
             points.append(Point(tokens, max(0, process_memory()["VmHWM"] - held)))
         return tuple(points)
@@ -155,23 +164,37 @@ def in_child(measure: Callable[[], tuple[Point, ...]]) -> tuple[Point, ...]:
     """What `measure` finds in a forked process, where no onnxruntime session exists yet.
 
     Raises:
+        ModelError: the graphs cannot be run.
         TrainingFailed: the process was ended, for example because there was not enough memory.
     """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
+        end_with_parent()
         try:
-            os.write(write, json.dumps([[p.tokens, p.peak_bytes] for p in measure()]).encode())
-            os._exit(0)
+            found = json.dumps([[p.tokens, p.peak_bytes] for p in measure()])
+        except ModelError as error:
+            found = json.dumps({"error": str(error)[:2000]})
         except BaseException:
             os._exit(1)
+        os.write(write, found.encode())
+        os._exit(0)
     os.close(write)
     with os.fdopen(read, "rb") as answer:
-        found = answer.read()
+        told = answer.read()
     _, status = os.waitpid(child, 0)
     if status != 0:
-        raise TrainingFailed("the probe's process ended without a result: there may not be enough memory")
-    return tuple(Point(tokens, peak) for tokens, peak in json.loads(found))
+        raise TrainingFailed("the probe's process ended without a result: there may not be enough memory", killed=True)
+    points = json.loads(told)
+    if isinstance(points, dict):
+        raise ModelError(points["error"])
+    return tuple(Point(tokens, peak) for tokens, peak in points)
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when the one that forked it ends (Linux); elsewhere it ends with its measurement."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def hardware_room() -> int:

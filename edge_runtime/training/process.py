@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import signal
@@ -133,6 +134,8 @@ class Worker:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.pid, signal.SIGKILL)
                 self._process.wait()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)  # what it forked
         if self._cgroup:
             _remove_cgroup(self._cgroup)
             self._cgroup = None
@@ -179,17 +182,26 @@ def run_worker(
     *,
     limit_bytes: int | None = None,
     threads: int = 1,
-    progress: Callable[[int, int, float], None] | None = None,
+    timeout_s: float = math.inf,
 ) -> dict[str, Any]:
-    """Run one job to its end; -> its result. Ctrl-C ends the worker too. Errors as `Worker.poll`."""
-    return wait_for(Worker(job, limit_bytes=limit_bytes, threads=threads), progress or (lambda step, steps, loss: None))
+    """Run one job to its end; -> its result. Ctrl-C ends the worker too. Errors as `wait_for`."""
+    return wait_for(Worker(job, limit_bytes=limit_bytes, threads=threads), lambda step, steps, loss: None, timeout_s)
 
 
-def wait_for(worker: Worker, progress: Callable[[int, int, float], None]) -> dict[str, Any]:
-    """Wait for a worker's result; whatever happens, Ctrl-C too, the worker is gone afterwards."""
+def wait_for(
+    worker: Worker, progress: Callable[[int, int, float], None], timeout_s: float = math.inf
+) -> dict[str, Any]:
+    """Wait for a worker's result; whatever happens, Ctrl-C too, the worker is gone afterwards.
+
+    Raises:
+        EdgeError: as `Worker.poll`, or TrainingFailed after `timeout_s`.
+    """
+    end = time.monotonic() + timeout_s
     try:
         while True:
             line = worker.poll(0.5)
+            if time.monotonic() > end:
+                raise TrainingFailed(f"the process had no result after {timeout_s:.0f} s and was ended")
             if line and "result" in line:
                 result: dict[str, Any] = line["result"]
                 return result

@@ -114,14 +114,16 @@ def graphs_of(job: Job, spec: ModelSpec) -> GraphSet:
     return graphs
 
 
-def open_cache(job: Job, spec: ModelSpec, plan: Plan, data: Corpus) -> PrefixCache | None:
-    """The cache of the prefix's outputs, where the plan wants one and it pays.
+def open_cache(job: Job, spec: ModelSpec, plan: Plan, data: Corpus) -> tuple[PrefixCache | None, bool]:
+    """-> (the cache of the prefix's outputs, where the plan wants one and it pays; whether it pays).
+
+    It may pay and not be there: no disk, another process has it.
 
     It pays with several epochs, or in a fleet when the prefix has not changed since the round before: a round that is trained
     again, after a crash, decides as it did the first time, so that it gives the same bits.
     """
     if not plan.chosen.cached:
-        return None
+        return None, False
     from edge_runtime.training.cache_folders import evict, free_share
     from edge_runtime.training.prefix_cache import PrefixCache, prefix_key
 
@@ -131,7 +133,7 @@ def open_cache(job: Job, spec: ModelSpec, plan: Plan, data: Corpus) -> PrefixCac
     with contextlib.suppress(OSError, StoreError):
         pays = prefix_before(root / "last-prefix", key, job.get("round")) == key or pays
         evict(root, free_share(root), key)
-    return PrefixCache.open(root, key, data, spec.hidden, free_share(root)) if pays else None
+    return (PrefixCache.open(root, key, data, spec.hidden, free_share(root)) if pays else None), pays
 
 
 def prefix_before(record: Path, key: str, round_: str | None) -> str:
@@ -152,14 +154,14 @@ def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
 
     Where the job names smaller candidates, memory is watched, and training goes on as one of them when it gets short.
     """
-    from edge_runtime.training.backoff import Pressure, begin_again
+    from edge_runtime.training.backoff import Pressure, begin_again, on_disk
     from edge_runtime.training.loop import Progress, accuracy, run
 
     spec = spec_of(job)
     plan: Plan = from_plain(Plan, job["plan"], "plan")
     backend = backend_of(job, spec, plan)
     data = Corpus(Path(job["corpus"]))
-    cache = open_cache(job, spec, plan, data)
+    cache, pays = open_cache(job, spec, plan, data)
     done = saved.restore(backend) if saved else Progress()
     rows: tuple[CostRow, ...] = from_plain(tuple[CostRow, ...], job.get("smaller", []), "smaller")
     pressure = Pressure(
@@ -178,12 +180,13 @@ def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
     if saved:
         emit(step=len(done.losses), steps=plan.steps, loss=done.losses[-1], smaller=to_plain(plan.chosen))
     try:
-        while not run(backend, data, plan, done, progress, cache, pressure.is_short):
+        while not run(backend, data, plan, done, progress, cache, pays, pressure.is_short):
             done.peak_bytes = max(done.peak_bytes, process_memory().get("VmHWM", 0))
             kept = {"started": job.get("started", STARTED), "first": job.get("first", job["plan"]["chosen"])}
             chosen = {"plan": {**job["plan"], "chosen": to_plain(pressure.smaller)}}
-            with contextlib.suppress(OSError):  # no room on the disk: go on as it is
-                begin_again({**job, **kept, **chosen}, done, backend.arrays(), Path(job["update"]).parent)
+            with contextlib.suppress(OSError):  # no disk, or no room on it: go on as it is
+                folder = on_disk(Path(job["update"]).parent, Path(job["cache"]))
+                begin_again({**job, **kept, **chosen}, done, backend.arrays(), folder)
             pressure.give_up()
     finally:
         if cache is not None:
@@ -251,7 +254,7 @@ def probe(job: Job) -> dict[str, Any]:
     """Measure what the planner's formulas cannot know of this machine."""
     from edge_runtime.training.probe import Probed, measure_graphs, measure_torch
 
-    choices = {key: job[key] for key in ("mean", "longest", "threads", "optimizer", "rank", "precision")}
+    choices = {key: job[key] for key in ("mean", "longest", "threads", "optimizer", "rank", "precision", "room")}
     probed = Probed(spec_of(job), weights_of(job), **choices)
     if job["backend"] == GRAPH_BACKEND:
         found = measure_graphs(probed, graphs_of(job, probed.spec), Path(job["cache"]))

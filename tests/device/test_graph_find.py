@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,9 @@ import pytest
 from edge_models import bert
 from edge_runtime.errors import ModelError, TrainingFailed, WireError
 from edge_runtime.graphs import find
+from edge_runtime.graphs.bundle import decode_graphs
 from edge_runtime.graphs.find import find_graphs, graphs_key, read_graphs
+from edge_runtime.graphs.match import misfit
 from edge_runtime.model import ModelSpec
 from edge_runtime.weights import MappedTensor
 
@@ -169,3 +172,11 @@ def test_a_file_that_cannot_be_read_is_an_error_of_the_model(tmp_path: Path) -> 
     (tmp_path / "bad.graphs").write_bytes(b"bad")
     with pytest.raises(WireError):
         read_graphs(tmp_path / "bad.graphs")
+
+
+@pytest.mark.parametrize("index", ["nothing", "mask"])
+def test_a_set_that_numbers_rows_by_another_input_does_not_fit(index: str, shipped: bytes) -> None:
+    graphs = decode_graphs(shipped)
+    assert graphs.row_tables and graphs.fits(spec_of())
+    wrong = dataclasses.replace(graphs, row_tables=dict.fromkeys(graphs.row_tables, index))
+    assert not wrong.fits(spec_of()) and "numbers the rows" in str(misfit(wrong, spec_of()))

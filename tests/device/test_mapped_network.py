@@ -344,7 +344,7 @@ def test_an_agent_without_a_whole_model_is_told_from_a_wrong_folder(tmp_path: Pa
 
 def test_where_no_graphs_are_known_the_error_says_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(find, "find_graphs", lambda *arguments, **options: None)
-    with pytest.raises(MissingExtra, match=r"pip install 'edge-runtime\[train\]' to derive them once, or .* export"):
+    with pytest.raises(MissingExtra, match=r"pip install '\.\[train\]' to derive them once, or .* export"):
         Predictor(folder)
 
 

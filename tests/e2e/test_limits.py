@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from edge_coordinator.fleet import Fleet as FleetFolder
+from edge_models import hub
 from tests.e2e.conftest import Reference
 from tests.e2e.fleets import Fleet, running
 from tools.limits import MemoryLimit
@@ -181,6 +182,34 @@ def test_a_budget_that_nothing_fits_is_refused_with_the_bytes_needed(data: Path,
 
 
 @pytest.mark.slow
+def test_texts_to_test_on_that_are_longer_than_those_to_train_on_are_within_the_promise(tmp_path: Path) -> None:
+    short, long = tmp_path / "short.csv", tmp_path / "long.csv"
+    short.write_text("text,label\n" + "".join(f"{SENTENCES[i % 3]},{'abc'[i % 3]}\n" for i in range(32)))
+    long.write_text("text,label\n" + "".join(f"{'and so on ' * 200},{'abc'[i % 3]}\n" for i in range(16)))
+    arguments = ("--data", str(short), "--test", str(long), "--max-length", "512", "--depth", "1", "--threads", "1")
+    report = result(run(None, "train", "minilm-l3", *arguments, "--out", str(tmp_path / "m"), "--json"))
+    assert report["accuracy"] is not None
+    assert report["peak_bytes"] <= report["promised_peak_bytes"] * 1.03
+
+
+@pytest.mark.slow
+def test_a_model_is_the_same_whether_the_disk_takes_the_prefix_cache_or_not(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = hub.resolve("minilm-l3", print), {}
+    for name in ("kept", "refused"):
+        cache = tmp_path / f"cache-{name}"
+        cache.mkdir()
+        if name == "refused":
+            (cache / "prefixes").write_text("a file where the folder would be")
+        monkeypatch.setenv("EDGE_CACHE", str(cache))
+        arguments = ("--data", str(data), "--depth", "1", "--epochs", "2", "--threads", "1", "--json")
+        report = result(run(None, "train", str(model), *arguments, "--out", str(tmp_path / name)))
+        found[report["cached"]] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert found[True] == found[False]
+
+
+@pytest.mark.slow
 def test_a_training_that_is_asked_to_end_leaves_nothing_and_what_a_kill_left_goes_with_the_next(
     data: Path, tmp_path: Path
 ) -> None:
@@ -210,7 +239,10 @@ def test_a_device_whose_child_is_killed_for_memory_lives_on_and_gives_the_plan_b
 ) -> None:
     """The calibration that the device made in a first fleet is made to lie, so that the plan promises far too little."""
     (tmp_path / "first").mkdir()
-    with running(Fleet(tmp_path / "first", model, rounds=1, cache=reference.cache)) as first:
+    limits = ["2GB", "20MB"]
+    with running(
+        Fleet(tmp_path / "first", model, rounds=1, cache=reference.cache, goal=2, quorum=1, memory=limits)
+    ) as first:
         first.start_all()
         first.wait(first.finished)
     own = first.folder / "device-1" / "cache"
@@ -219,7 +251,7 @@ def test_a_device_whose_child_is_killed_for_memory_lives_on_and_gives_the_plan_b
         for peaks in ("head_peaks", "block_peaks"):
             measured["calibration"][peaks] = [{**p, "peak_bytes": 8 * MIB} for p in measured["calibration"][peaks]]
         file.write_text(json.dumps(measured))
-    fleet = Fleet(tmp_path, model, rounds=1, cache=own, goal=2, quorum=1, memory=["2GB", "20MB"])
+    fleet = Fleet(tmp_path, model, rounds=1, cache=own, goal=2, quorum=1, memory=limits)
     with running(fleet):
         fleet.start_all()
         fleet.wait(fleet.finished)

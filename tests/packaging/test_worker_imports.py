@@ -112,6 +112,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "optimizer": "adamw",
         "rank": 0,
         "precision": "float32",
+        "room": None,
         "backend": "torch",
         "graphs": None,
         "threads": 1,

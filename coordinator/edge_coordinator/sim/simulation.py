@@ -24,6 +24,8 @@ from edge_coordinator.sim.partition import divide, parse_partition
 from edge_coordinator.sim.pool import Pool
 from edge_coordinator.sim.results import Results, Row
 from edge_coordinator.sim.speed import measured_gflops, scaled
+from edge_runtime import hardware
+from edge_runtime.budget import memory_budget
 from edge_runtime.calibration import calibrate
 from edge_runtime.codecs import AUTO, CODECS
 from edge_runtime.cost import Calibration, DataShape
@@ -319,10 +321,9 @@ class Simulation:
     def _calibrated(self, manifest: Manifest, say: Callable[[str], None]) -> Any:
         say("measuring this machine with the model")
         source, settings = _source(manifest, self.models), self.fleet.config.train
-        threads = self.options.threads
-        return to_plain(
-            calibrate(source, self.engine, self._prepared.data, settings.optimizer, threads, cache_folder())
-        )
+        room = memory_budget("auto", hardware.profile(speed=False))
+        what = (source, self.engine, self._prepared.data, settings.optimizer, self.options.threads, cache_folder())
+        return to_plain(calibrate(*what, budget_bytes=room, limit_bytes=room))
 
     def _devices(self, chosen: Sequence[tuple[DeviceClass, float]]) -> list[VirtualDevice]:
         options, seed = self.options, self.fleet.config.train.seed
