@@ -257,9 +257,8 @@ def test_a_device_whose_child_is_killed_for_memory_lives_on_and_gives_the_plan_b
         fleet.wait(fleet.finished)
         failures = fleet.events("device-1", "training-failed")
         assert failures and failures[0]["out_of_memory"]
-        corrected = [
-            json.loads(file.read_text())["calibration"]["correction"] for file in (own / "calibration").glob("*")
-        ]
+        kept = (fleet.folder / "device-1" / "cache" / "calibration").glob("*.json")
+        corrected = [json.loads(file.read_text())["calibration"]["correction"] for file in kept]
         assert max(corrected) >= 1.05, "from now on it promises more"
         assert fleet.events("device-1", "declined") and fleet.alive("device-1")
     assert [device for _, device, _ in fleet.counted()] == ["device-0"]
