@@ -60,7 +60,7 @@ class Worker:
         self.limit_bytes = limit_bytes
         self._cgroup = _make_cgroup(limit_bytes) if limit_bytes else None
         self.enforced_by = "cgroup" if self._cgroup else "rlimit and watchdog" if limit_bytes else "nothing"
-        self._over_limit = False
+        self._over_limit = self._closed = False
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         environment = {
@@ -134,8 +134,10 @@ class Worker:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.pid, signal.SIGKILL)
                 self._process.wait()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)  # what it forked
+        if not self._closed:  # later the number may be another's
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)  # what it forked
+        self._closed = True
         if self._cgroup:
             _remove_cgroup(self._cgroup)
             self._cgroup = None
