@@ -15,7 +15,7 @@ from edge_runtime.budget import RESERVE_BYTES, reserve_bytes
 from edge_runtime.errors import TrainingFailed
 from edge_runtime.records import CostRow, TrainSettings
 from edge_runtime.training import backoff, process
-from edge_runtime.training.backoff import Pressure, Saved, begin_again
+from edge_runtime.training.backoff import Pressure, Saved, begin_again, on_disk
 from edge_runtime.training.loop import Progress
 from edge_runtime.training.optimizers import Optimizer
 
@@ -143,6 +143,19 @@ def test_a_state_that_is_not_whole_is_refused(passed_on: dict[str, Any], tmp_pat
         begin_again({}, Progress([0.5]), [np.zeros(3, np.float32)], tmp_path)
     with pytest.raises(TrainingFailed, match="not whole"):
         Saved(passed_on["descriptor"]).restore(Backend("sgd"))  # type: ignore[arg-type]
+
+
+def test_a_state_is_never_kept_in_a_file_system_that_is_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    second.mkdir()
+    assert on_disk(first, second) == second, "the first is not there"
+    first.mkdir()
+    assert on_disk(first, second) == first
+    monkeypatch.setattr(backoff, "in_memory", lambda path: path == first)
+    assert on_disk(first, second) == second
+    monkeypatch.setattr(backoff, "in_memory", lambda path: True)
+    with pytest.raises(OSError, match="in memory"):
+        on_disk(first, second)
 
 
 @pytest.mark.parametrize(

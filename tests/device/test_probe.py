@@ -1,12 +1,21 @@
-"""The lines that the probe lays through measured seconds."""
+"""The lines that the probe lays through measured seconds, and the process in which it measures peaks."""
 
 from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.training.probe import line
+from edge_runtime.cost import Point
+from edge_runtime.errors import ModelError, TrainingFailed
+from edge_runtime.training.probe import in_child, line
 from tests.samples import quickly
 
 SIZES = (16, 64, 256)
@@ -37,3 +46,49 @@ def test_the_error_is_spread_by_ratio_and_not_by_seconds() -> None:
 
 def test_what_takes_no_time_is_no_division_by_zero() -> None:
     assert line([(16, 0.0), (64, 0.0), (256, 0.0)]) == (0.0, 0.0)
+
+
+def test_what_a_child_measures_comes_back() -> None:
+    assert in_child(lambda: (Point(1, 2), Point(3, 4))) == (Point(1, 2), Point(3, 4))
+
+
+def test_a_childs_model_error_is_told_and_any_other_end_is_one() -> None:
+    def refuse() -> tuple[Point, ...]:
+        raise ModelError("the graph is of another model")
+
+    with pytest.raises(ModelError, match="of another model"):
+        in_child(refuse)
+    with pytest.raises(TrainingFailed) as ended:
+        in_child(lambda: os.kill(os.getpid(), signal.SIGKILL))  # type: ignore[arg-type,return-value]
+    assert ended.value.killed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child ends with its measurement")
+def test_a_child_does_not_outlive_who_forked_it() -> None:
+    code = """
+import os, time
+from edge_runtime.training.probe import in_child
+
+def measure():
+    print(os.getpid(), flush=True)
+    time.sleep(120)
+    return ()
+
+in_child(measure)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and is_alive(child):
+        time.sleep(0.02)
+    assert not is_alive(child)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
