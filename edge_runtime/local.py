@@ -12,14 +12,15 @@ import dataclasses
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_runtime import hardware
 from edge_runtime.budget import memory_budget, parse_bytes, parse_seconds
-from edge_runtime.calibration import calibrate, correct
-from edge_runtime.cost import Calibration, DataShape
+from edge_runtime.calibration import Remembered, calibrate, remembered
+from edge_runtime.cost import Calibration, DataShape, shape_of
 from edge_runtime.engine import Engine, EngineOptions, check_options, find_engine, torch_version
 from edge_runtime.errors import DataError, DoesNotFit, StoreError, TrainingFailed, UsageError
 from edge_runtime.planner import check_settings, choose, cost_table, make_plan, mib, over_budget, smaller_rows
@@ -75,6 +76,7 @@ class Prepared:
     labels: tuple[str, ...]
     skipped: int
     first_skipped: tuple[str, ...]
+    full: int = 0  # training texts of max_length tokens: what they have beyond is cut off
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,13 @@ def prepare(
         tuple(found["labels"]),
         found["skipped"],
         tuple(found["first_skipped"]),
+        _lengths(Path(found["folder"]))[checkpoint.max_length],
     )
+
+
+def _lengths(corpus: Path) -> Counter[int]:
+    """How many texts have each length in tokens."""
+    return Counter({n: count for n, count in enumerate(read_json(corpus / "corpus.json")["lengths"]) if count})
 
 
 def plan(
@@ -151,6 +159,7 @@ def plan(
     engine: EngineOptions | None = None,
     holdout: float = 0.0,
     test: str | Path | None = None,
+    depth: int | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Planned:
     """What could be trained here: every suffix depth with and without gradient checkpointing, and the choice.
@@ -161,6 +170,7 @@ def plan(
         memory, time, upload: budgets, for example "450MB", "60%" or "auto"; "15m"; "2MB".
         engine: backend, precision of the frozen prefix, and whether its outputs may be cached on disk.
         holdout: share of the data kept for testing; `test` is a file for the same purpose.
+        depth: that `train` will be asked for, so that a wrong one is told before anything is measured.
 
     Raises:
         UsageError, DataError, ModelError, MissingExtra: as their names say. That nothing fits is no error here.
@@ -184,6 +194,7 @@ def plan(
     if len(prepared.labels) < 2:
         raise DataError(f"{data} has one label, {prepared.labels[0]!r}: a classifier needs examples of two at least")
     source = open_source(checkpoint, prepared.labels, cache)
+    _check_depth(source, depth)
     found = find_engine(source, engine, settings.lora_rank, cache, progress)
     progress("measuring this machine with the model")
     calibration = calibrate(
@@ -266,6 +277,10 @@ def train(
             report: TrainReport = from_plain(TrainReport, wait_for(worker, progress)["report"], "report")
         except TrainingFailed as error:
             raise _corrected(error, planned, chosen, device) from None
+        if not report.backed_off:
+            _remembered(planned, chosen, device).relax(
+                promised_bytes=chosen.chosen.peak_bytes, peak_bytes=report.peak_bytes
+            )
         weights = add_update(planned.source.spec, planned.source.weights, chosen.chosen.depth, update, scratch)
         save_folder(out, planned.source.spec, weights, planned.source.tokenizer, base)
     finally:
@@ -288,13 +303,22 @@ def _corrected(error: TrainingFailed, planned: Planned, plan: Plan, device: Devi
     """The error; if the process was killed at its limit, this machine's calibration now promises more."""
     if not error.out_of_memory:
         return error
-    promised, limit = plan.chosen.peak_bytes, planned.budget.memory_bytes
-    what = (planned.source.spec, planned.engine, planned.prepared.data, plan.settings.optimizer)
-    correct(*what, device.threads, cache_folder(), promised_bytes=promised, limit_bytes=limit, budget_bytes=limit)
+    promised = plan.chosen.peak_bytes
+    _remembered(planned, plan, device).correct(promised_bytes=promised, limit_bytes=planned.budget.memory_bytes)
     return TrainingFailed(
         f"{error}, though {mib(promised)} were promised: the promises for this model are corrected, run the command again",
         out_of_memory=True,
     )
+
+
+def _remembered(planned: Planned, plan: Plan, device: Device) -> Remembered:
+    what = (planned.source.spec, planned.engine, planned.prepared.data, plan.settings.optimizer)
+    return remembered(*what, device.threads, cache_folder(), budget_bytes=planned.budget.memory_bytes)
+
+
+def _check_depth(source: Source, depth: int | None) -> None:
+    if depth is not None and not 0 <= depth <= source.spec.num_blocks:
+        raise UsageError(f"the model has depths 0 to {source.spec.num_blocks}, not {depth}")
 
 
 def _chosen(planned: Planned, depth: int | None) -> Plan:
@@ -303,8 +327,9 @@ def _chosen(planned: Planned, depth: int | None) -> Plan:
     if depth is None:
         return planned.chosen
     of_depth = [(row, why) for row, why in zip(planned.rows, planned.why_not, strict=True) if row.depth == depth]
+    _check_depth(planned.source, depth)
     if not of_depth:
-        raise UsageError(f"the model has depths 0 to {planned.source.spec.num_blocks}, not {depth}")
+        raise DoesNotFit(f"depth {depth} does not fit: there was not enough memory even to measure a block")
     fitting = [row for row, why in of_depth if not why]
     if not fitting:
         raise DoesNotFit(
@@ -322,7 +347,6 @@ def read_shape(corpus: Path) -> DataShape:
     """
     stats = read_json(corpus / "corpus.json")
     try:
-        mean = sum(n * count for n, count in enumerate(stats["lengths"])) / stats["num_examples"]
-        return DataShape(stats["num_examples"], stats["longest"], mean)
-    except (KeyError, TypeError, ZeroDivisionError):
+        return shape_of(stats["lengths"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
         raise StoreError(f"{corpus / 'corpus.json'} is damaged: delete the folder {corpus}") from None

@@ -113,6 +113,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "rank": 0,
         "precision": "float32",
         "room": None,
+        "limit": 1 << 60,
         "backend": "torch",
         "graphs": None,
         "threads": 1,
