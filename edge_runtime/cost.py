@@ -26,7 +26,7 @@ ROUND_BYTES = 1 << 20
 QUANTILES = 128
 BUCKETS = 16  # batches whose examples are sorted by length together
 GRAPH_BACKEND = "onnx"
-GRAPH_MARGIN, GRAPH_HEAP_BYTES = 1.02, 10 << 20  # the same for the graph backend, whose working memory is measured
+GRAPH_MARGIN, GRAPH_HEAP_BYTES = 1.02, 11 << 20  # the same for the graph backend, whose working memory is measured
 CACHE_BUFFERS = 4  # batches of features in memory while the cache is read ahead
 
 
