@@ -22,6 +22,7 @@ from typing import Any
 from edge_runtime.codecs import CODECS
 from edge_runtime.errors import ConnectionFailed, DoesNotFit, EdgeError, StoreError, TrainingFailed, WireError
 from edge_runtime.keeper import Emit, ModelKeeper
+from edge_runtime.layout import misfit
 from edge_runtime.outbox import Outbox
 from edge_runtime.planner import choose, mib, over_budget, shrink
 from edge_runtime.records import CostRow, Plan, TrainReport
@@ -273,7 +274,7 @@ class Agent:
         except (EdgeError, OSError) as error:
             self._decline(grant, str(error))
             return
-        if reason := _impossible(grant.plan, could.rows):
+        if reason := _impossible(grant.plan, could.rows) or misfit(could.spec, grant.plan):
             self._decline(grant, reason)
             return
         ours, most = could.ours(grant.plan), could.budget.upload_bytes

@@ -93,7 +93,10 @@ class ModelSpec:
 
 
 class Family(Protocol):
-    """What a model family's module offers. `describe` and `open_folder` work without torch."""
+    """What a model family's module offers. `describe` and `open_folder` work without torch.
+
+    It may also have LAYER_NAMES: short names of a block's linear layers, such as {"q": "attention.self.query"}.
+    """
 
     def describe(self, config: Mapping[str, ConfigValue], labels: Sequence[str], max_length: int) -> ModelSpec:
         """The architecture as names, shapes and numbers."""

@@ -124,7 +124,7 @@ def shrink(plan: Plan, rows: Sequence[CostRow], memory_bytes: int) -> Plan | Non
     chosen = replace(
         min(smaller, key=lambda r: r.epoch_s), codec=plan.chosen.codec, upload_bytes=plan.chosen.upload_bytes
     )  # what is sent stays as granted
-    return Plan(chosen, plan.settings, plan.steps)
+    return replace(plan, chosen=chosen)
 
 
 def smaller_rows(

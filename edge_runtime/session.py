@@ -53,7 +53,7 @@ class CouldDo:
             asked.cached,
             asked.codec,
         )
-        return Plan(own, settings, plan.steps)
+        return replace(plan, chosen=own)
 
     def rows_within(self, memory_bytes: int) -> tuple[CostRow, ...]:
         """The table for another memory budget."""
