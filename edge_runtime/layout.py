@@ -25,15 +25,22 @@ def layout(spec: ModelSpec, plan: Plan) -> tuple[TensorSpec, ...]:
     Raises:
         UsageError: a target is no linear layer of the model.
     """
-    if not plan.adapters:
-        return spec.suffix(plan.chosen.depth)
-    return trained_tensors(spec, ranks_of(spec, plan), plan.settings.lora_targets, plan.adapters)
+    return sent(spec, plan.chosen.depth, plan.block_ranks, plan.settings.lora_targets, plan.adapters)
 
 
-def trained_tensors(
-    spec: ModelSpec, ranks: Mapping[int, int], names: Sequence[str], adapters: str = "ab"
+def sent(
+    spec: ModelSpec, depth: int, ranks: Sequence[int], names: Sequence[str], adapters: str
 ) -> tuple[TensorSpec, ...]:
-    """What is trained with adapters: A and B, or only B, of each adapted layer in the model's order, then the head.
+    """As `layout`, for adapters of these ranks in the last `depth` blocks; without any, or "", the suffix."""
+    if not adapters or not any(ranks):
+        return spec.suffix(depth)
+    return (*adapter_tensors(spec, _numbered(spec, ranks), names, adapters), *spec.suffix(0))
+
+
+def adapter_tensors(
+    spec: ModelSpec, ranks: Mapping[int, int], names: Sequence[str], adapters: str = "ab"
+) -> list[TensorSpec]:
+    """A and B, or for "b" only B, of each adapted layer in the model's order.
 
     Args:
         ranks: of each adapted block by its number.
@@ -45,23 +52,23 @@ def trained_tensors(
         if adapters != "b":
             found.append(TensorSpec(stem + A, (rank, inputs), tensor.part))
         found.append(TensorSpec(stem + B, (outputs, rank), tensor.part))
-    return (*found, *spec.suffix(0))
+    return found
 
 
 def adapted(spec: ModelSpec, ranks: Mapping[int, int], names: Sequence[str]) -> list[tuple[TensorSpec, int]]:
-    """The matrices that have an adapter, each with its rank, in the model's order. Args: as `trained_tensors`."""
+    """The matrices that have an adapter, each with its rank, in the model's order. Args: as `adapter_tensors`."""
     chosen = targets(spec, names)
     return [(t, ranks[t.part]) for t in spec.tensors if t.part in ranks and t.name in chosen]
 
 
 def ranks_of(spec: ModelSpec, plan: Plan) -> dict[int, int]:
     """The rank of each adapted block by its number; empty where the blocks themselves are trained."""
-    return block_ranks(spec, plan.chosen.depth, plan.ranks or (plan.chosen.rank,) * plan.chosen.depth)
+    return _numbered(spec, plan.block_ranks)
 
 
-def block_ranks(spec: ModelSpec, depth: int, ranks: Sequence[int]) -> dict[int, int]:
-    """The ranks of the last `depth` blocks by their numbers, without those of rank 0."""
-    return {spec.num_blocks - depth + i: rank for i, rank in enumerate(ranks) if rank}
+def _numbered(spec: ModelSpec, ranks: Sequence[int]) -> dict[int, int]:
+    """The ranks of the last blocks by their numbers, without those of rank 0."""
+    return {spec.num_blocks - len(ranks) + i: rank for i, rank in enumerate(ranks) if rank}
 
 
 def scale(settings: TrainSettings) -> float:
@@ -98,7 +105,7 @@ def linear_layers(spec: ModelSpec) -> dict[str, str]:
     for tensor in spec.tensors:
         if 0 <= tensor.part < spec.num_blocks:
             blocks.setdefault(tensor.part, []).append(tensor)
-    found = {}
+    found: dict[str, str] = {}
     for tensors in blocks.values():
         begin = len(common_prefix([t.name for t in tensors]))
         found |= {t.name: t.name[begin:].removesuffix(".weight") for t in tensors if t.is_adapted}

@@ -94,7 +94,7 @@ class Planned:
 
     def smaller(self, plan: Plan) -> list[CostRow]:
         """What a plan can go on as if memory gets short."""
-        return smaller_rows(self.source.spec, self.prepared.data, plan.settings, self.calibration, plan.chosen)
+        return smaller_rows(self.source.spec, self.prepared.data, self.calibration, plan)
 
 
 def prepare(
@@ -184,13 +184,13 @@ def plan(
     if len(prepared.labels) < 2:
         raise DataError(f"{data} has one label, {prepared.labels[0]!r}: a classifier needs examples of two at least")
     source = open_source(checkpoint, prepared.labels, cache)
-    found = find_engine(source, engine, settings.lora_rank, cache, progress)
+    found = find_engine(source, engine, cache, progress)
     progress("measuring this machine with the model")
     calibration = calibrate(
         source,
         found,
         prepared.data,
-        settings.optimizer,
+        settings,
         device.threads,
         cache,
         budget_bytes=budget.memory_bytes,
@@ -289,7 +289,7 @@ def _corrected(error: TrainingFailed, planned: Planned, plan: Plan, device: Devi
     if not error.out_of_memory:
         return error
     promised, limit = plan.chosen.peak_bytes, planned.budget.memory_bytes
-    what = (planned.source.spec, planned.engine, planned.prepared.data, plan.settings.optimizer)
+    what = (planned.source.spec, planned.engine, planned.prepared.data, plan.settings)
     correct(*what, device.threads, cache_folder(), promised_bytes=promised, limit_bytes=limit, budget_bytes=limit)
     return TrainingFailed(
         f"{error}, though {mib(promised)} were promised: the promises for this model are corrected, run the command again",

@@ -12,6 +12,7 @@ from dataclasses import replace
 from edge_runtime.codecs import check_codec, pick_codec
 from edge_runtime.cost import Calibration, DataShape, cost, micro_batches
 from edge_runtime.errors import DoesNotFit, UsageError
+from edge_runtime.layout import sent
 from edge_runtime.model import ModelSpec
 from edge_runtime.records import Budget, CostRow, Plan, TrainSettings
 from edge_runtime.training.optimizers import OPTIMIZERS
@@ -37,6 +38,8 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
         "adapter_learning_rate": (0, 10),
         "seed": (0, (1 << 63) - 1),
         "lora_rank": (0, 1024),
+        "lora_alpha": (1e-3, 1e6),
+        "proximal_mu": (0, 1e3),
     }
     for name, (low, high) in limits.items():
         value = getattr(settings, name)
@@ -52,18 +55,21 @@ def cost_table(
     calibration: Calibration,
     budget: Budget,
     cached: bool = False,
+    adapters: str = "ab",
 ) -> list[CostRow]:
     """One row for every suffix depth, without and with gradient checkpointing, each with its best micro-batch and codec.
 
     Best is the smallest among the fastest (within NO_SLOWER) that fit the memory budget, else the smallest. Depth 0 (the head) has nothing to checkpoint.
-    The codec is the settings', or for "auto" the finest whose update is within the upload budget.
+    The codec is the settings', or for "auto" the finest whose update is within the upload budget. `adapters`: what is sent of
+    LoRA, as in a plan.
     """
     rows = []
     for depth in range(spec.num_blocks + 1):
-        codec = pick_codec(spec, depth, settings.codec, budget.upload_bytes)
+        tensors = sent(spec, depth, (settings.lora_rank,) * depth, settings.lora_targets, adapters)
+        codec = pick_codec(tensors, settings.codec, budget.upload_bytes)
         for checkpointing in (False, True) if depth else (False,):
             tried = [
-                cost(spec, data, settings, calibration, depth, checkpointing, size, cached, codec)
+                cost(spec, data, settings, calibration, depth, checkpointing, size, cached, codec, (), adapters)
                 for size in micro_batches(min(settings.batch_size, data.num_examples))
             ]
             fitting = [row for row in tried if row.peak_bytes <= budget.memory_bytes]
@@ -109,9 +115,9 @@ def choose(rows: Sequence[CostRow], budget: Budget, epochs: int) -> CostRow:
 
 
 def make_plan(row: CostRow, data: DataShape, settings: TrainSettings) -> Plan:
-    """The plan of a chosen row."""
+    """The plan of a chosen row; adapters come out of it as adapters."""
     per_epoch = -(-data.num_examples // settings.batch_size)
-    return Plan(row, settings, per_epoch * settings.epochs)
+    return Plan(row, settings, per_epoch * settings.epochs, adapters="ab" if row.rank else "")
 
 
 def shrink(plan: Plan, rows: Sequence[CostRow], memory_bytes: int) -> Plan | None:
@@ -127,12 +133,11 @@ def shrink(plan: Plan, rows: Sequence[CostRow], memory_bytes: int) -> Plan | Non
     return replace(plan, chosen=chosen)
 
 
-def smaller_rows(
-    spec: ModelSpec, data: DataShape, settings: TrainSettings, calibration: Calibration, row: CostRow
-) -> list[CostRow]:
-    """The candidates of a row's depth that need less memory, the largest first: what it can go on as if memory gets short."""
+def smaller_rows(spec: ModelSpec, data: DataShape, calibration: Calibration, plan: Plan) -> list[CostRow]:
+    """A plan's row in candidates that need less memory, the largest first: what it can go on as if memory gets short."""
+    row, settings, how = plan.chosen, plan.settings, (plan.block_ranks, plan.adapters)
     tried = [
-        cost(spec, data, settings, calibration, row.depth, checkpointing, size, row.cached, row.codec)
+        cost(spec, data, settings, calibration, row.depth, checkpointing, size, row.cached, row.codec, *how)
         for size in micro_batches(min(settings.batch_size, data.num_examples))
         for checkpointing in ((False, True) if row.depth else (False,))
     ]

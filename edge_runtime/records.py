@@ -116,6 +116,11 @@ class Plan:
     ranks: Ranks = ()  # of the adapters in each trained block; empty: chosen.rank
     adapters: Annotated[str, Range(0, 8)] = ""  # trained and sent: "ab", "b" (A stays as it is), or "": dense deltas
 
+    @property
+    def block_ranks(self) -> tuple[int, ...]:
+        """The rank of the adapters in each trained block; 0 where the block itself is trained."""
+        return self.ranks or (self.chosen.rank,) * self.chosen.depth
+
 
 @dataclass(frozen=True)
 class TrainReport:

@@ -52,6 +52,8 @@ class CouldDo:
             asked.micro_batch,
             asked.cached,
             asked.codec,
+            plan.block_ranks,
+            plan.adapters,
         )
         return replace(plan, chosen=own)
 
@@ -91,7 +93,7 @@ class Session:
     def job(self, manifest: Manifest, store: BlobStore, plan: Plan) -> dict[str, object]:
         """What a training process needs besides where its update goes: plan, model, tokenised data, backend."""
         made = self._prepare(manifest, store, plan.settings)
-        rows = smaller_rows(manifest.spec, made.data, plan.settings, made.calibration, plan.chosen)
+        rows = smaller_rows(manifest.spec, made.data, made.calibration, plan)
         return {
             "plan": to_plain(plan),
             "smaller": to_plain(rows) if self._memory == "auto" else [],
@@ -120,7 +122,7 @@ class Session:
             manifest.spec,
             made.engine,
             made.data,
-            plan.settings.optimizer,
+            plan.settings,
             self.threads,
             self._cache,
             promised_bytes=plan.chosen.peak_bytes,
@@ -133,7 +135,7 @@ class Session:
     def _prepare(self, manifest: Manifest, store: BlobStore, settings: TrainSettings) -> _Made:
         """Tokenise and calibrate, or remember it: both depend on the model's shape, not on its weights."""
         stat = self._data.stat() if self._data.exists() else None
-        choices = (settings.optimizer, settings.lora_rank)
+        choices = (settings.optimizer, settings.lora_rank, settings.lora_targets)
         key = (manifest.spec, manifest.tokenizer, manifest.graphs, choices, stat and (stat.st_mtime_ns, stat.st_size))
         if self._made is None or self._made.key != key or not self._made.corpus.exists():
             checkpoint = Checkpoint(
@@ -146,13 +148,13 @@ class Session:
                 )
             source = _source(manifest, store)
             shipped = store.path(manifest.graphs) if manifest.graphs else None
-            engine = find_engine(source, self._engine, settings.lora_rank, self._cache, self._say, shipped)
+            engine = find_engine(source, self._engine, self._cache, self._say, shipped)
             budget_bytes = self.budget().memory_bytes
             calibration = calibrate(
                 source,
                 engine,
                 prepared.data,
-                settings.optimizer,
+                settings,
                 self.threads,
                 self._cache,
                 budget_bytes=budget_bytes,

@@ -29,6 +29,7 @@ from edge_runtime.encoding import pack_file, write_update
 from edge_runtime.errors import EdgeError, UsageError
 from edge_runtime.graphs.bundle import GraphSet
 from edge_runtime.graphs.find import find_graphs, read_graphs
+from edge_runtime.layout import sent
 from edge_runtime.model import ModelSpec
 from edge_runtime.records import CostRow, Plan, TrainSettings
 from edge_runtime.residual import Residual, error_feedback
@@ -109,7 +110,7 @@ def measure(args: argparse.Namespace) -> int:
             shutil.rmtree(scratch / str(seed))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    lora = 4 * spec.adapter_size(spec.num_blocks, LORA_RANK) + update_bytes(spec, 0, "f32")
+    lora = update_bytes(sent(spec, spec.num_blocks, (LORA_RANK,) * spec.num_blocks, (), "ab"), "f32")
     rows = [row(name, runs[name], runs.get(name_of(depth, "f32"), []), spec, depth, lora)
             for depth in DEPTHS for name in names if name.startswith(f"last {depth} ")]  # fmt: skip
     bench.finish(
@@ -149,7 +150,7 @@ def row(
         bytes_up=sent,
         accuracy=right,
         wall_s=float(np.mean([found["wall_s"] for found in runs])),
-        smaller=f"{update_bytes(spec, depth, 'f32') / sent:.1f} x",
+        smaller=f"{update_bytes(spec.suffix(depth), 'f32') / sent:.1f} x",
         lora_share=sent / lora,
         lost=None if lost is None else f"{lost:+.2f}",
         runs=[dict(found) for found in runs],

@@ -58,7 +58,7 @@ def check_update(spec: ModelSpec, update: Update) -> str:
     from edge_runtime.encoding import read_update
 
     size, planned = update.path.stat().st_size, unpacked(update.codec)
-    expected = update_bytes(spec, update.depth, planned)
+    expected = update_bytes(spec.suffix(update.depth), planned)
     if misfit(update.codec, size, planned, expected):
         return f"the update has {size} bytes, its plan {expected}"
     try:

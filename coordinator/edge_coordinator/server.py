@@ -21,6 +21,7 @@ from edge_coordinator.peers import MAX_BAD_HASHES, Peer, Peers
 from edge_coordinator.run import Emit, Run, read_join
 from edge_runtime.codecs import misfit, update_bytes
 from edge_runtime.errors import StoreError, WireError
+from edge_runtime.layout import layout
 from edge_runtime.planner import feasible
 from edge_runtime.records import Plan
 from edge_runtime.topics import Topics
@@ -320,7 +321,7 @@ class Server:
         if member is None or member.plan is None or member.nonce != offer.nonce:
             return "there is no plan with this lease"
         plan: Plan = unpack_as(Plan, member.plan)
-        expected = update_bytes(self.run.manifest.spec, plan.chosen.depth, plan.chosen.codec)
+        expected = update_bytes(layout(self.run.manifest.spec, plan), plan.chosen.codec)
         if reason := misfit(offer.codec, offer.num_bytes, plan.chosen.codec, expected):
             return reason
         joined = read_join(member).num_examples

@@ -128,7 +128,7 @@ class GraphBackend:
 
     def deltas(self) -> Iterator[tuple[str, Array]]:
         """Trained tensor minus its start, float32 and flat, in the order of the plan's layout, a piece at a time."""
-        return deltas(self._spec, self._plan, self._changes, self._lora and self._lora.adapters)
+        return deltas(self._spec, self._plan, self._changes, self._lora.adapters if self._lora else None)
 
     def _changes(self, name: str) -> Iterator[Array]:
         """A trained tensor minus its start, flat, a piece at a time."""

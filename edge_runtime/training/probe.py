@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from edge_runtime.cost import GRAPH_BACKEND, Calibration, Point, graph_law_bytes, law_bytes, trained_size
+from edge_runtime.cost import GRAPH_BACKEND, Calibration, Point, Trained, graph_law_bytes, law_bytes, trained
 from edge_runtime.errors import ModelError, TrainingFailed
 from edge_runtime.hardware import process_memory, profile, reset_peak
 from edge_runtime.model import ModelSpec
@@ -50,12 +50,15 @@ class Probed:
     threads: int
     optimizer: str = "adamw"
     rank: int = 0
+    targets: Sequence[str] = ()
     precision: str = "float32"
     room: int | None = None  # bytes that no plan may pass: what would take more need not be measured
 
     def settings(self, batch_size: int) -> TrainSettings:
         """For steps whose memory is measured: the optimizer without states."""
-        return TrainSettings(batch_size=batch_size, optimizer="sgd", lora_rank=self.rank)
+        return TrainSettings(
+            batch_size=batch_size, optimizer="sgd", lora_rank=self.rank, lora_targets=tuple(self.targets)
+        )
 
     def batch(self, size: int, length: int) -> Batch:
         """Random tokens, no padding."""
@@ -63,6 +66,10 @@ class Probed:
         length = max(4, min(length, self.spec.max_length))
         ids = random.integers(0, self.spec.tensors[0].shape[0], (size, length))
         return Batch(ids, np.ones_like(ids), random.integers(0, len(self.spec.labels), size))
+
+    def trained(self, depth: int) -> Trained:
+        """What its steps train."""
+        return trained(self.spec, depth, self.settings(1))
 
     def plan(self, backend: str, depth: int, size: int) -> Plan:
         """A step of one micro-batch."""
@@ -82,8 +89,8 @@ def measure_torch(probed: Probed) -> Calibration:
         backend.step(few)
     backend.touch()
     peak = process_memory()["VmHWM"]
-    runtime = max(0, peak - law_bytes(spec, 1, False, FEW * length, 1, "sgd"))
-    return Calibration("torch", runtime, **seconds(backend, probed, 1, SIZES))
+    runtime = max(0, peak - law_bytes(spec, probed.trained(1), False, FEW * length, 1, "sgd"))
+    return Calibration("torch", runtime, **seconds(backend, probed, 1, SIZES), rank=probed.rank)
 
 
 def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibration:
@@ -99,7 +106,6 @@ def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibrati
 
     def peaks(backend: GraphBackend, depth: int) -> tuple[Point, ...]:
         points: list[Point] = []
-        rank = probed.rank if depth else 0
         base = process_memory()["VmRSS"]
         last, growth, taken_s = 1, 0, 0.0
         for size in SIZES:
@@ -111,7 +117,7 @@ def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibrati
             for _ in range(2):
                 backend.step(probed.batch(size, longest))
             last, growth, taken_s = size, process_memory()["VmHWM"] - base, time.perf_counter() - begun
-            held = graph_law_bytes(spec, depth, False, rank, tokens, tokens, "sgd")
+            held = graph_law_bytes(spec, probed.trained(depth), False, tokens, tokens, "sgd")
             points.append(Point(tokens, max(0, process_memory()["VmHWM"] - held)))
         return tuple(points)
 
@@ -146,7 +152,7 @@ class Timed(Protocol):
 def seconds(backend: Timed, probed: Probed, depth: int, sizes: Sequence[int]) -> dict[str, Any]:
     """The seconds of a calibration. What a step of `depth` blocks takes besides its blocks and its update is the rest."""
     spec, points = probed.spec, dict[str, list[tuple[int, float]]](forward=[], train=[], rest=[])
-    sgd = update_s("sgd") * trained_size(spec, depth, probed.rank)
+    sgd = update_s("sgd") * probed.trained(depth).total
     for size in sizes:
         batch = probed.batch(size, probed.mean)
         found = {what: median_s(work) for what, work in backend.timed(batch).items()}

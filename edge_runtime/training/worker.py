@@ -256,7 +256,9 @@ def probe(job: Job) -> dict[str, Any]:
     """Measure what the planner's formulas cannot know of this machine."""
     from edge_runtime.training.probe import Probed, measure_graphs, measure_torch
 
-    choices = {key: job[key] for key in ("mean", "longest", "threads", "optimizer", "rank", "precision", "room")}
+    choices = {
+        key: job[key] for key in ("mean", "longest", "threads", "optimizer", "rank", "targets", "precision", "room")
+    }
     probed = Probed(spec_of(job), weights_of(job), **choices)
     if job["backend"] == GRAPH_BACKEND:
         found = measure_graphs(probed, graphs_of(job, probed.spec), Path(job["cache"]))

@@ -357,7 +357,7 @@ def test_the_sum_is_exact_over_what_was_sent_in_any_mix_of_codecs_any_order_and_
 def test_an_update_of_another_size_or_damaged_is_refused_whatever_its_codec(tmp_path: Path, codec: str) -> None:
     update = encoded(tmp_path, "d", 2, 10, 1, codec)
     data = update.path.read_bytes()
-    for damaged in (data[:-1], data + b"\0", b"", bytes(update_bytes(WIDE, 2, unpacked(codec)) + 1)):
+    for damaged in (data[:-1], data + b"\0", b"", bytes(update_bytes(WIDE.suffix(2), unpacked(codec)) + 1)):
         update.path.write_bytes(damaged)
         assert check_update(WIDE, update), len(damaged)
 

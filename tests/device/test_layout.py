@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from edge_models import bert
 
+from edge_models import bert
 from edge_runtime.errors import UsageError
 from edge_runtime.layout import layout, misfit, scale, targets
 from edge_runtime.model import ModelSpec

@@ -140,7 +140,9 @@ def test_with_auto_an_upload_budget_takes_first_the_finest_codec_then_the_depth(
             chosen = choose(cost_table(SPEC, DATA, settings, CALIBRATION, budget), budget, 2)
         except DoesNotFit:
             break
-        assert chosen.upload_bytes == update_bytes(SPEC, chosen.depth, chosen.codec) <= (budget.upload_bytes or 0)
+        assert (
+            chosen.upload_bytes == update_bytes(SPEC.suffix(chosen.depth), chosen.codec) <= (budget.upload_bytes or 0)
+        )
         seen.append((chosen.depth, chosen.codec))
     at_full_depth = list(dict.fromkeys(codec for depth, codec in seen if depth == 4))
     assert at_full_depth == list(CHOSEN[: len(at_full_depth)]) and len(at_full_depth) >= 4
@@ -159,7 +161,7 @@ def test_a_codec_that_is_named_stays_whatever_the_plan_shrinks_to() -> None:
     )
     assert smaller and smaller.chosen.peak_bytes < granted.peak_bytes
     assert (smaller.chosen.codec, smaller.chosen.upload_bytes) == ("int8", 5)
-    for row in smaller_rows(SPEC, DATA, settings, CALIBRATION, granted):
+    for row in smaller_rows(SPEC, DATA, CALIBRATION, make_plan(granted, DATA, settings)):
         assert row.codec == "int8"
 
 
@@ -301,12 +303,12 @@ def test_sizes_for_people() -> None:
 @pytest.mark.parametrize("depth", [0, 3])
 def test_what_a_plan_can_go_on_as_has_its_depth_and_needs_less_and_less(depth: int) -> None:
     whole = cost(SPEC, DATA, SETTINGS, CALIBRATION, depth, False, 16)
-    smaller = smaller_rows(SPEC, DATA, SETTINGS, CALIBRATION, whole)
+    smaller = smaller_rows(SPEC, DATA, CALIBRATION, make_plan(whole, DATA, SETTINGS))
     peaks = [whole.peak_bytes, *(candidate.peak_bytes for candidate in smaller)]
     assert len(smaller) >= 2 and peaks == sorted(set(peaks), reverse=True)
     assert {candidate.depth for candidate in smaller} == {depth}
     assert all(slower.step_s >= faster.step_s for faster, slower in itertools.pairwise(smaller))
-    assert smaller_rows(SPEC, DATA, SETTINGS, CALIBRATION, smaller[-1]) == []
+    assert smaller_rows(SPEC, DATA, CALIBRATION, make_plan(smaller[-1], DATA, SETTINGS)) == []
 
 
 def test_a_correction_raises_every_promise_and_no_time() -> None:

@@ -482,7 +482,7 @@ batch = Batch(random.integers(1, 90, (4, 9)), np.ones((4, 9), np.int64), np.aran
 losses = {}
 for rank in (0, 4):
     row = CostRow(2, True, 2, 0, 0.0, 0.0, 0, "onnx", rank)
-    settings = TrainSettings(learning_rate=1e-3, head_learning_rate=1e-3)
+    settings = TrainSettings(learning_rate=1e-3, head_learning_rate=1e-3, lora_rank=rank)
     backend = GraphBackend(spec, weights, Plan(row, settings, 12), graphs, 1, Path(job["cache"]))
     losses[rank] = [backend.step(batch) for _ in range(12)]
     assert list(dict(backend.deltas())) == [tensor.name for tensor in spec.suffix(2)]

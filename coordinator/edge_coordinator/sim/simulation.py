@@ -101,7 +101,7 @@ class Simulation:
         say("reading the data")
         self._prepared = _prepare(manifest, self.models, options)
         self.corpus = Corpus(self._prepared.corpus)
-        self.engine = _engine(manifest, self.models, config.train.lora_rank, say)
+        self.engine = _engine(manifest, self.models, say)
         chosen = parse_shares(options.classes, read_classes(options.class_file))
         kinds = [kind for kind, _ in chosen]
         settings = self.results.settings(self._description(kinds), lambda: self._calibrated(manifest, say))
@@ -322,7 +322,7 @@ class Simulation:
         say("measuring this machine with the model")
         source, settings = _source(manifest, self.models), self.fleet.config.train
         room = memory_budget("auto", hardware.profile(speed=False))
-        what = (source, self.engine, self._prepared.data, settings.optimizer, self.options.threads, cache_folder())
+        what = (source, self.engine, self._prepared.data, settings, self.options.threads, cache_folder())
         return to_plain(calibrate(*what, budget_bytes=room, limit_bytes=room))
 
     def _devices(self, chosen: Sequence[tuple[DeviceClass, float]]) -> list[VirtualDevice]:
@@ -400,9 +400,9 @@ def _prepare(manifest: Manifest, models: Models, options: SimOptions) -> Prepare
     return prepare(checkpoint, options.data, cache, options.reading, test=options.test)
 
 
-def _engine(manifest: Manifest, models: Models, rank: int, say: Callable[[str], None]) -> Engine:
+def _engine(manifest: Manifest, models: Models, say: Callable[[str], None]) -> Engine:
     shipped = models.store.path(manifest.graphs) if manifest.graphs else None
-    return find_engine(_source(manifest, models), EngineOptions(), rank, cache_folder(), say, shipped)
+    return find_engine(_source(manifest, models), EngineOptions(), cache_folder(), say, shipped)
 
 
 def _calibrations(
