@@ -181,7 +181,9 @@ def test_fedprox_pulls_every_trained_value_back_to_the_rounds_start(
     moved = trained(make(name, plan(2, **how)), spec, 1)[1]
     free, pulled = (trained(make(name, plan(2, proximal_mu=mu, **how)), spec, 2)[1] for mu in (0.0, 0.7))
     for tensor, distance in moved.items():
-        assert pulled[tensor] == pytest.approx(free[tensor] - np.float32(0.3 * 0.7) * distance, rel=1e-5, abs=1e-5), tensor
+        assert pulled[tensor] == pytest.approx(free[tensor] - np.float32(0.3 * 0.7) * distance, rel=1e-5, abs=1e-5), (
+            tensor
+        )
     assert max(abs(d).max() for d in moved.values()) > 1e-2
 
 
