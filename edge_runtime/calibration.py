@@ -16,6 +16,7 @@ from edge_runtime.cost import GRAPH_BACKEND, LAW, Calibration, DataShape
 from edge_runtime.engine import Engine, torch_version
 from edge_runtime.errors import DoesNotFit, StoreError, TrainingFailed, WireError
 from edge_runtime.model import ModelSpec
+from edge_runtime.records import TrainSettings
 from edge_runtime.source import Source
 from edge_runtime.store import read_json, write_json
 from edge_runtime.training.process import model_job, run_worker
@@ -27,14 +28,14 @@ LEAST_LIMIT = 1 << 20
 MOST_ROOM = 4 << 30  # budgets above this are one to the probe
 LEAST_CORRECTION, MOST_CORRECTION = 1.05, 4.0  # of the promised peak, after a kill
 RELAXED = 0.9  # what one training without a kill leaves of a correction at least
-LAW_VERSION = 8  # one more when the probe or the law changes, so that older measurements are not used
+LAW_VERSION = 9  # one more when the probe or the law changes, so that older measurements are not used
 
 
 def calibrate(
     source: Source,
     engine: Engine,
     data: DataShape,
-    optimizer: str,
+    settings: TrainSettings,
     threads: int,
     cache: Path,
     *,
@@ -51,9 +52,9 @@ def calibrate(
         DoesNotFit: the probe was killed for memory.
         TrainingFailed, ModelError: it ended without a result, the model cannot be run.
     """
-    choices = _choices(source.spec, engine, data, optimizer, threads, budget_bytes)
+    choices = _choices(source.spec, engine, data, settings, threads, budget_bytes)
     file = _file(cache, source.spec, engine, choices)
-    if known := _read(file, engine):
+    if known := _read(file, engine, settings):
         return known
     limit = max(limit_bytes, LEAST_LIMIT)
     job = {**model_job("probe", source.spec, source.weights), **engine.job(cache), **choices, "limit": limit}
@@ -79,6 +80,7 @@ class Remembered:
 
     file: Path
     engine: Engine
+    settings: TrainSettings
 
     def correct(self, *, promised_bytes: int, limit_bytes: int) -> Calibration | None:
         """After a process was killed at its limit, above its promise: promise more from now on. None if nothing was remembered."""
@@ -86,13 +88,13 @@ class Remembered:
 
     def relax(self, *, promised_bytes: int, peak_bytes: int) -> Calibration | None:
         """After a training that stayed below a corrected promise: take a little of the correction back. None if there is none."""
-        known = _read(self.file, self.engine)
+        known = _read(self.file, self.engine, self.settings)
         if known is None or known.correction <= 1 or peak_bytes * LEAST_CORRECTION >= promised_bytes:
             return None
         return self._scale(max(RELAXED, LEAST_CORRECTION * peak_bytes / promised_bytes))
 
     def _scale(self, factor: float) -> Calibration | None:
-        known = _read(self.file, self.engine)
+        known = _read(self.file, self.engine, self.settings)
         if known is None:
             return None
         scaled = dataclasses.replace(known, correction=max(1.0, min(MOST_CORRECTION, known.correction * factor)))
@@ -101,43 +103,58 @@ class Remembered:
 
 
 def remembered(
-    spec: ModelSpec, engine: Engine, data: DataShape, optimizer: str, threads: int, cache: Path, *, budget_bytes: int
+    spec: ModelSpec,
+    engine: Engine,
+    data: DataShape,
+    settings: TrainSettings,
+    threads: int,
+    cache: Path,
+    *,
+    budget_bytes: int,
 ) -> Remembered:
     """The place of what `calibrate` with the same arguments remembers."""
     return Remembered(
-        _file(cache, spec, engine, _choices(spec, engine, data, optimizer, threads, budget_bytes)), engine
+        _file(cache, spec, engine, _choices(spec, engine, data, settings, threads, budget_bytes)), engine, settings
     )
 
 
 def _choices(
-    spec: ModelSpec, engine: Engine, data: DataShape, optimizer: str, threads: int, budget_bytes: int
+    spec: ModelSpec, engine: Engine, data: DataShape, settings: TrainSettings, threads: int, budget_bytes: int
 ) -> dict[str, object]:
     """What the probe is told besides the model."""
     room = 1 << max(0, budget_bytes - 1).bit_length()  # rounded up, so that few budgets differ
     mean, longest = (_round(n, spec.max_length) for n in (data.mean_length, data.longest))
-    choices: dict[str, object] = {"mean": mean, "longest": longest, "threads": threads, "optimizer": optimizer}
-    return {**choices, "rank": engine.rank, "precision": engine.precision, "room": min(room, MOST_ROOM)}
+    return {
+        "mean": mean,
+        "longest": longest,
+        "threads": threads,
+        "optimizer": settings.optimizer,
+        "rank": settings.lora_rank,
+        "targets": list(settings.lora_targets) if settings.lora_rank else [],
+        "precision": engine.precision,
+        "room": min(room, MOST_ROOM),
+    }
 
 
 def _file(cache: Path, spec: ModelSpec, engine: Engine, choices: Mapping[str, object]) -> Path:
     return cache / "calibration" / f"{_key(spec, engine, choices)}.json"
 
 
-def _read(file: Path, engine: Engine) -> Calibration | None:
+def _read(file: Path, engine: Engine, settings: TrainSettings) -> Calibration | None:
     """None where there is none, or a damaged one, or another engine's: it is measured again."""
     try:
         found = read_json(file)
         if found is not None:
             calibration: Calibration = from_plain(Calibration, found["calibration"], "calibration")
-            return calibration if _is_sound(calibration, engine) else None
+            return calibration if _is_sound(calibration, engine, settings.lora_rank) else None
     except (StoreError, WireError, KeyError, TypeError):
         pass
     return None
 
 
-def _is_sound(calibration: Calibration, engine: Engine) -> bool:
+def _is_sound(calibration: Calibration, engine: Engine, rank: int) -> bool:
     c = calibration
-    if (c.backend, c.rank, c.precision) != (engine.backend, engine.rank, engine.precision):
+    if (c.backend, c.rank, c.precision) != (engine.backend, rank, engine.precision):
         return False
     measured = all(points and min(p.peak_bytes for p in points) > 0 for points in (c.head_peaks, c.block_peaks))
     return c.correction <= MOST_CORRECTION and (measured or c.backend != GRAPH_BACKEND)

@@ -6,10 +6,11 @@ become bytes is `encoding.py`, which needs numpy. Imports the model's shape and 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from edge_runtime.errors import UsageError
-from edge_runtime.model import ModelSpec
+from edge_runtime.model import TensorSpec
 
 SECTION = 1 << 16  # values of a tensor that are encoded by themselves; the last section of a tensor is shorter
 BLOCK = 64  # values that share a scale
@@ -85,9 +86,9 @@ def tensor_bytes(name: str, size: int) -> int:
     return whole * codec.section_bytes(SECTION) + (codec.section_bytes(rest) if rest else 0)
 
 
-def update_bytes(spec: ModelSpec, depth: int, name: str) -> int:
-    """Bytes of an update of a suffix, before zlib."""
-    return sum(tensor_bytes(name, t.size) for t in spec.suffix(depth))
+def update_bytes(tensors: Iterable[TensorSpec], name: str) -> int:
+    """Bytes of an update of these tensors (`layout.py`), before zlib."""
+    return sum(tensor_bytes(name, t.size) for t in tensors)
 
 
 def check_codec(name: str) -> str:
@@ -101,16 +102,16 @@ def check_codec(name: str) -> str:
     return name
 
 
-def pick_codec(spec: ModelSpec, depth: int, wanted: str, budget_bytes: int | None) -> str:
-    """The codec for a suffix: the wanted one, or for "auto" the finest whose update is within the budget, else the smallest.
+def pick_codec(tensors: Sequence[TensorSpec], wanted: str, budget_bytes: int | None) -> str:
+    """The codec for an update of these tensors: the wanted one, or for "auto" the finest whose update is within the budget, else the smallest.
 
     Raises:
         UsageError: there is none of that name.
     """
     if check_codec(wanted) != AUTO:
         return wanted
-    fits = (c for c in CHOSEN if budget_bytes is None or update_bytes(spec, depth, c) <= budget_bytes)
-    return next(fits, min(CHOSEN, key=lambda c: update_bytes(spec, depth, c)))
+    fits = (c for c in CHOSEN if budget_bytes is None or update_bytes(tensors, c) <= budget_bytes)
+    return next(fits, min(CHOSEN, key=lambda c: update_bytes(tensors, c)))
 
 
 def unpacked(name: str) -> str:

@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Annotated
 
 from edge_runtime.codecs import update_bytes
+from edge_runtime.layout import sent
 from edge_runtime.model import ModelSpec
 from edge_runtime.records import Bytes, CostRow, Range, Seconds, TrainSettings
 from edge_runtime.training.optimizers import state_bytes_per_parameter
@@ -114,26 +115,55 @@ class ActivationLaw:
 LAW = ActivationLaw()
 
 
-def static_bytes(spec: ModelSpec, depth: int, optimizer: str) -> int:
+@dataclass(frozen=True)
+class Trained:
+    """What a candidate trains, in numbers of values."""
+
+    depth: int
+    rank: int  # the largest of its adapters; 0 where the blocks themselves are trained
+    total: int
+    one_block: int  # the most of one block, with the head
+    largest: int  # of one tensor
+    still: int = 0  # in adapters' A that stay as they are, beside the trained ones
+
+    @property
+    def num_bytes(self) -> int:
+        """Their float32 bytes, or those of their gradients."""
+        return 4 * self.total
+
+    def held_bytes(self, optimizer: str) -> int:
+        """With their optimizer states."""
+        return int((4 + state_bytes_per_parameter(optimizer)) * self.total) + 4 * self.still
+
+
+def trained(
+    spec: ModelSpec, depth: int, settings: TrainSettings, ranks: Sequence[int] = (), adapters: str = "ab"
+) -> Trained:
+    """What a suffix of `depth` blocks trains: the blocks and the head, or with `settings.lora_rank` adapters and the head.
+
+    Args:
+        ranks: of the adapters in each of its blocks; empty: `settings.lora_rank`.
+        adapters: "b" trains B alone.
+    """
+    ranks = ranks or (settings.lora_rank,) * depth
+    tensors = sent(spec, depth, ranks, settings.lora_targets, adapters or "ab")
+    of_part: dict[int, int] = {}
+    for tensor in tensors:
+        of_part[tensor.part] = of_part.get(tensor.part, 0) + tensor.size
+    total, head = sum(of_part.values()), of_part.pop(spec.num_blocks, 0)
+    one_block = head + max(of_part.values(), default=0)
+    still = sum(t.size for t in sent(spec, depth, ranks, settings.lora_targets, "ab")) - total
+    return Trained(depth, max(ranks, default=0), total, one_block, max(t.size for t in tensors), still)
+
+
+def static_bytes(spec: ModelSpec, what: Trained, optimizer: str) -> int:
     """Weights and optimizer state, without gradients; frozen weights count as mapped pages, all of them touched."""
-    frozen = sum(t.num_bytes for t in spec.tensors if t.part < spec.num_blocks - depth)
-    return frozen + trained_bytes(spec, depth, 0, optimizer)
-
-
-def trained_bytes(spec: ModelSpec, depth: int, rank: int, optimizer: str) -> int:
-    """What is trained and its optimizer states."""
-    return int((4 + state_bytes_per_parameter(optimizer)) * trained_size(spec, depth, rank))
-
-
-def trained_size(spec: ModelSpec, depth: int, rank: int) -> int:
-    """Trained values: the suffix's, or the adapters' and the head's."""
-    if rank == 0 or depth == 0:
-        return sum(t.size for t in spec.suffix(depth))
-    return spec.adapter_size(depth, rank) + sum(t.size for t in spec.suffix(0))
+    cut = spec.num_blocks - (0 if what.rank else what.depth)
+    return sum(t.num_bytes for t in spec.tensors if t.part < cut) + what.held_bytes(optimizer)
 
 
 def graph_law_bytes(
-    spec: ModelSpec, depth: int, checkpointing: bool, rank: int, tokens: int, batch_tokens: int, optimizer: str
+    spec: ModelSpec, what: Trained, checkpointing: bool, tokens: int, batch_tokens: int, optimizer: str
 ) -> int:
     """What the graph backend holds throughout a step, without what a micro-batch of `tokens` needs (that is measured).
 
@@ -141,28 +171,27 @@ def graph_law_bytes(
     micro-batch's gradients of one block stand beside them. Hidden states of the whole batch: before and after a frozen block,
     and with checkpointing each trained block's input and two gradients.
     """
-    one_block = 4 * trained_size(spec, min(depth, 1), rank)
-    pieces = -(-batch_tokens // tokens)
-    sums = one_block
+    pieces, depth = -(-batch_tokens // tokens), what.depth
+    sums = 4 * what.one_block
     if pieces > 1:
-        sums += one_block if checkpointing or depth == 0 else 4 * trained_size(spec, depth, rank)
+        sums += 4 * what.one_block if checkpointing or depth == 0 else what.num_bytes
     states = min(2, 1 + spec.num_blocks - depth) * batch_tokens
     states += (depth + 1) * batch_tokens if checkpointing else 2 * tokens
-    return trained_bytes(spec, depth, rank, optimizer) + sums + 4 * states * spec.hidden
+    return what.held_bytes(optimizer) + sums + 4 * states * spec.hidden
 
 
 def graph_peak_bytes(
     spec: ModelSpec,
     settings: TrainSettings,
     calibration: Calibration,
-    depth: int,
+    what: Trained,
     checkpointing: bool,
     tokens: int,
     batch_tokens: int,
 ) -> int:
     """Peak of the graph backend, with micro-batches of `tokens` padded tokens in a batch of `batch_tokens`."""
-    c = calibration
-    held = graph_law_bytes(spec, depth, checkpointing, c.rank, tokens, batch_tokens, settings.optimizer)
+    c, depth = calibration, what.depth
+    held = graph_law_bytes(spec, what, checkpointing, tokens, batch_tokens, settings.optimizer)
     head = held + between(c.head_peaks, tokens)
     if depth == 0:
         return int(head)
@@ -182,7 +211,7 @@ def between(points: Sequence[Point], tokens: int) -> float:
     return low.peak_bytes + max(0.0, slope) * (tokens - low.tokens)
 
 
-def dynamic_bytes(spec: ModelSpec, depth: int, checkpointing: bool, tokens: int, pieces: int) -> int:
+def dynamic_bytes(spec: ModelSpec, what: Trained, checkpointing: bool, tokens: int, pieces: int) -> int:
     """Peak of activations and gradients in a step of `pieces` micro-batches, the largest of `tokens` padded tokens.
 
     With one piece, gradients appear as activations go; with more, those of the pieces before are held throughout.
@@ -192,25 +221,19 @@ def dynamic_bytes(spec: ModelSpec, depth: int, checkpointing: bool, tokens: int,
     prefix = LAW.prefix * (2 + wide) * unit
     saved = (LAW.per_block + LAW.per_inner * wide) * unit
     working = LAW.working * unit
-    gradients = upload_bytes(spec, depth)
-    largest = max(t.num_bytes for t in spec.suffix(depth))
+    gradients, depth = what.num_bytes, what.depth
     if depth == 0:
         at_start, at_end = prefix, float(gradients)
     else:
         at_start = (depth * unit + saved if checkpointing else depth * saved) + working
         at_end = gradients + saved + working
     peak = max(at_start + gradients, prefix + gradients) if pieces > 1 else max(at_start, at_end, prefix)
-    return int(max(peak, gradients + 2 * largest))  # the optimizer's temporaries
+    return int(max(peak, gradients + 2 * 4 * what.largest))  # the optimizer's temporaries
 
 
-def law_bytes(spec: ModelSpec, depth: int, checkpointing: bool, tokens: int, pieces: int, optimizer: str) -> int:
+def law_bytes(spec: ModelSpec, what: Trained, checkpointing: bool, tokens: int, pieces: int, optimizer: str) -> int:
     """What the law says beside the runtime: static and dynamic."""
-    return static_bytes(spec, depth, optimizer) + dynamic_bytes(spec, depth, checkpointing, tokens, pieces)
-
-
-def upload_bytes(spec: ModelSpec, depth: int) -> int:
-    """Bytes of an update in float32."""
-    return sum(t.num_bytes for t in spec.suffix(depth))
+    return static_bytes(spec, what, optimizer) + dynamic_bytes(spec, what, checkpointing, tokens, pieces)
 
 
 def cost(
@@ -223,20 +246,27 @@ def cost(
     micro_batch: int,
     cached: bool = False,
     codec: str = "f32",
+    ranks: Sequence[int] = (),
+    adapters: str = "ab",
 ) -> CostRow:
-    """The predicted cost of one candidate."""
+    """The predicted cost of one candidate.
+
+    Args:
+        ranks: of the adapters in each block, where they are not all `settings.lora_rank`; no higher than that.
+        adapters: what of them is trained and sent, as in a plan.
+    """
+    ranks = ranks or (settings.lora_rank,) * depth
+    what = trained(spec, depth, settings, ranks, adapters)
     c, batch = calibration, max(1, min(settings.batch_size, data.num_examples))
     micro_batch = min(micro_batch, batch)
     pieces = -(-batch // micro_batch)
     cached = cached and c.backend == GRAPH_BACKEND and depth < spec.num_blocks
     if c.backend == GRAPH_BACKEND:
-        law = graph_peak_bytes(
-            spec, settings, c, depth, checkpointing, micro_batch * data.longest, batch * data.longest
-        )
+        law = graph_peak_bytes(spec, settings, c, what, checkpointing, micro_batch * data.longest, batch * data.longest)
         law += CACHE_BUFFERS * 4 * batch * data.longest * spec.hidden if cached else 0
         peak = law * GRAPH_MARGIN + GRAPH_HEAP_BYTES
     else:
-        law = law_bytes(spec, depth, checkpointing, micro_batch * data.longest, pieces, settings.optimizer)
+        law = law_bytes(spec, what, checkpointing, micro_batch * data.longest, pieces, settings.optimizer)
         peak = (c.runtime_bytes + law) * MARGIN + HEAP_BYTES + (PIECES_BYTES if pieces > 1 else 0)
     peak *= c.correction
     tokens = padded_tokens(data, batch, micro_batch)
@@ -250,7 +280,7 @@ def cost(
     prefix = (spec.num_blocks - depth) * forward
     step = depth * train + (again * forward if checkpointing else 0)
     step += seconds(c.rest_fixed_s, c.rest_per_token_s)
-    step += trained_size(spec, depth, c.rank) * c.update_per_parameter_s
+    step += what.total * c.update_per_parameter_s
     steps = data.num_examples / batch
     return CostRow(
         depth,
@@ -259,9 +289,9 @@ def cost(
         int(peak) // ROUND_BYTES * ROUND_BYTES + ROUND_BYTES,
         step + prefix,
         (step + prefix) * steps,
-        update_bytes(spec, depth, codec),
+        update_bytes(sent(spec, depth, ranks, settings.lora_targets, adapters), codec),
         backend=c.backend,
-        rank=c.rank if depth else 0,
+        rank=what.rank,
         precision=c.precision,
         cached=cached,
         later_epoch_s=step * steps if cached else 0.0,

@@ -42,7 +42,6 @@ class Engine:
 
     backend: str
     graphs: Path | None  # the file of the graph set
-    rank: int
     precision: str
     cached: bool
 
@@ -73,7 +72,6 @@ def check_options(options: EngineOptions) -> EngineOptions:
 def find_engine(
     source: Source,
     options: EngineOptions,
-    rank: int,
     cache: Path,
     progress: Callable[[str], None],
     shipped: Path | None = None,
@@ -81,7 +79,6 @@ def find_engine(
     """What trains `source` here.
 
     Args:
-        rank: of LoRA adapters, 0 for none.
         shipped: the graph set that came with the model.
 
     Raises:
@@ -95,19 +92,14 @@ def find_engine(
         graphs = shipped or find_graphs(source.spec, source.weights, cache, progress=progress)
     if graphs is not None:
         cached = options.cache_prefix and BIAS_GRAPH in read_graphs(graphs).graphs  # features alone lack the bias
-        return Engine(GRAPH_BACKEND, graphs, rank, options.precision, cached)
-    wants = [
-        name for name, asked in (("--lora-rank", rank), ("--precision int8", options.precision != "float32")) if asked
-    ]
-    if options.backend == GRAPH_BACKEND or (wants and options.backend == "auto"):
+        return Engine(GRAPH_BACKEND, graphs, options.precision, cached)
+    if options.backend == GRAPH_BACKEND or options.precision != "float32":  # which torch does not do
         raise MissingExtra(
             "there are no training graphs for this model, and torch to derive them is not installed: "
             f"{INSTALL_TRAIN}, or {WITHOUT_TORCH}"
         )
-    if wants:
-        raise UsageError(f"{wants[0]} needs the backend onnx: leave --backend away")
     torch_version("this model has no training graphs, so training it needs torch")
-    return Engine("torch", None, 0, "float32", False)
+    return Engine("torch", None, "float32", False)
 
 
 def torch_version(why: str = "the backend torch needs torch") -> str:

@@ -96,7 +96,7 @@ class Planned:
 
     def smaller(self, plan: Plan) -> list[CostRow]:
         """What a plan can go on as if memory gets short."""
-        return smaller_rows(self.source.spec, self.prepared.data, plan.settings, self.calibration, plan.chosen)
+        return smaller_rows(self.source.spec, self.prepared.data, self.calibration, plan)
 
 
 def prepare(
@@ -195,13 +195,13 @@ def plan(
         raise DataError(f"{data} has one label, {prepared.labels[0]!r}: a classifier needs examples of two at least")
     source = open_source(checkpoint, prepared.labels, cache)
     _check_depth(source, depth)
-    found = find_engine(source, engine, settings.lora_rank, cache, progress)
+    found = find_engine(source, engine, cache, progress)
     progress("measuring this machine with the model")
     calibration = calibrate(
         source,
         found,
         prepared.data,
-        settings.optimizer,
+        settings,
         device.threads,
         cache,
         budget_bytes=budget.memory_bytes,
@@ -312,7 +312,7 @@ def _corrected(error: TrainingFailed, planned: Planned, plan: Plan, device: Devi
 
 
 def _remembered(planned: Planned, plan: Plan, device: Device) -> Remembered:
-    what = (planned.source.spec, planned.engine, planned.prepared.data, plan.settings.optimizer)
+    what = (planned.source.spec, planned.engine, planned.prepared.data, plan.settings)
     return remembered(*what, device.threads, cache_folder(), budget_bytes=planned.budget.memory_bytes)
 
 

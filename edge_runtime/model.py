@@ -82,18 +82,16 @@ class ModelSpec:
             raise ValueError(f"depth {depth} of a model with {self.num_blocks} blocks")
         return tuple(t for t in self.tensors if t.part >= self.num_blocks - depth)
 
-    def adapter_size(self, depth: int, rank: int) -> int:
-        """Trained values in LoRA adapters of that rank in the last `depth` blocks, without the head."""
-        blocks = [t for t in self.suffix(depth) if t.part < self.num_blocks]
-        return sum(rank * sum(t.shape) for t in blocks if t.is_adapted)
-
     def part_bytes(self, part: int) -> int:
         """Bytes of one part as float32."""
         return sum(t.num_bytes for t in self.tensors if t.part == part)
 
 
 class Family(Protocol):
-    """What a model family's module offers. `describe` and `open_folder` work without torch."""
+    """What a model family's module offers. `describe` and `open_folder` work without torch.
+
+    It may also have LAYER_NAMES: short names of a block's linear layers, such as {"q": "attention.self.query"}.
+    """
 
     def describe(self, config: Mapping[str, ConfigValue], labels: Sequence[str], max_length: int) -> ModelSpec:
         """The architecture as names, shapes and numbers."""

@@ -24,6 +24,7 @@ Count = Annotated[int, Range(0, 1 << 31)]
 Sha256 = Annotated[bytes, Range(32, 32)]
 Name = Annotated[str, Range(1, 64)]
 Reason = Annotated[str, Range(0, 500)]
+Ranks = Annotated[tuple[Annotated[int, Range(1, 1024)], ...], Range(0, 1000)]
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,12 @@ class TrainSettings:
     weight_decay: Annotated[float, Range(0, 1)] = 0.01
     optimizer: Annotated[str, Range(3, 16)] = "adamw"  # or "adamw8bit", "momentum", "sgd"
     seed: Annotated[int, Range(0, (1 << 63) - 1)] = 0
-    lora_rank: Annotated[int, Range(0, 1024)] = 0  # train adapters of this rank in the blocks; 0 the blocks themselves
+    lora_rank: Annotated[int, Range(0, 1024)] = 0  # of LoRA, the largest; 0 trains the blocks themselves
     adapter_learning_rate: Annotated[float, Range(0, 10)] = 2e-3
     codec: Name = "f32"  # of updates (`codecs.py`), or "auto": the finest that a device's upload budget allows
+    lora_alpha: Annotated[float, Range(1e-3, 1e6)] = 16.0  # B A is scaled by lora_alpha / lora_rank everywhere
+    lora_targets: Annotated[tuple[Name, ...], Range(0, 32)] = ()  # layers with adapters (`layout.py`); empty: all
+    proximal_mu: Annotated[float, Range(0, 1e3)] = 0.0  # FedProx: gradients get mu * (w - w at the round's start)
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,13 @@ class Plan:
     chosen: CostRow
     settings: TrainSettings
     steps: Count  # optimizer steps over all epochs
+    ranks: Ranks = ()  # of the adapters in each trained block; empty: chosen.rank
+    adapters: Annotated[str, Range(0, 8)] = ""  # trained and sent: "ab", "b" (A stays as it is), or "": dense deltas
+
+    @property
+    def block_ranks(self) -> tuple[int, ...]:
+        """The rank of the adapters in each trained block; 0 where the block itself is trained."""
+        return self.ranks or (self.chosen.rank,) * self.chosen.depth
 
 
 @dataclass(frozen=True)

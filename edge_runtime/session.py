@@ -19,7 +19,7 @@ from edge_runtime.engine import Engine, EngineOptions, check_options, find_engin
 from edge_runtime.local import DataOptions, prepare
 from edge_runtime.manifest import Manifest
 from edge_runtime.model import ModelSpec
-from edge_runtime.planner import cost_table, smaller_rows
+from edge_runtime.planner import cost_table, offered_ranks, smaller_rows
 from edge_runtime.records import Budget, CostRow, DeviceProfile, Plan, TrainSettings
 from edge_runtime.source import Checkpoint, Source
 from edge_runtime.store import BlobStore
@@ -38,6 +38,7 @@ class CouldDo:
     settings: TrainSettings
     calibration: Calibration
     cached: bool
+    adapters: str = ""  # what of LoRA the fleet exchanges
 
     def ours(self, plan: Plan) -> Plan:
         """A granted plan with the cost that this device computes for it, whatever the grant says."""
@@ -52,13 +53,16 @@ class CouldDo:
             asked.micro_batch,
             asked.cached,
             asked.codec,
+            plan.block_ranks,
+            plan.adapters,
         )
-        return Plan(own, settings, plan.steps)
+        return replace(plan, chosen=own)
 
     def rows_within(self, memory_bytes: int) -> tuple[CostRow, ...]:
         """The table for another memory budget."""
         budget = replace(self.budget, memory_bytes=memory_bytes)
-        return tuple(cost_table(self.spec, self.data, self.settings, self.calibration, budget, self.cached))
+        what = (self.spec, self.data, self.settings, self.calibration, budget, self.cached, self.adapters)
+        return tuple(cost_table(*what, offered_ranks(self.spec, self.settings, self.adapters)))
 
 
 class Session:
@@ -91,27 +95,29 @@ class Session:
     def job(self, manifest: Manifest, store: BlobStore, plan: Plan) -> dict[str, object]:
         """What a training process needs besides where its update goes: plan, model, tokenised data, backend."""
         made = self._prepare(manifest, store, plan.settings)
-        rows = smaller_rows(manifest.spec, made.data, plan.settings, made.calibration, plan.chosen)
+        rows = smaller_rows(manifest.spec, made.data, made.calibration, plan)
         return {
             "plan": to_plain(plan),
             "smaller": to_plain(rows) if self._memory == "auto" else [],
-            **model_job("train", manifest.spec, manifest.mapped(store)),
+            **model_job(
+                "train", manifest.spec, manifest.mapped(store), manifest.mapped_adapters(store), manifest.adapter_scale
+            ),
             **made.engine.job(self._cache),
             "corpus": str(made.corpus),
             "test_corpus": None,
             "threads": self.threads,
         }
 
-    def could_do(self, manifest: Manifest, store: BlobStore, settings: TrainSettings) -> CouldDo:
-        """The cost table for a round's settings.
+    def could_do(self, manifest: Manifest, store: BlobStore, settings: TrainSettings, adapters: str = "") -> CouldDo:
+        """The cost table for a round's settings. Args: adapters: what of LoRA the fleet exchanges, as in a plan.
 
         Raises:
             DataError, MissingExtra, TrainingFailed: the data cannot be read, no backend is here, the probe failed.
         """
         made = self._prepare(manifest, store, settings)
         budget, cached = self.budget(), made.engine.cached
-        rows = cost_table(manifest.spec, made.data, settings, made.calibration, budget, cached)
-        return CouldDo(tuple(rows), budget, made.data, manifest.spec, settings, made.calibration, cached)
+        could = CouldDo((), budget, made.data, manifest.spec, settings, made.calibration, cached, adapters)
+        return replace(could, rows=could.rows_within(budget.memory_bytes))
 
     def killed(self, manifest: Manifest, store: BlobStore, plan: Plan, limit_bytes: int) -> None:
         """A process was killed at its limit, above its promise: promise more for this model from now on."""
@@ -126,7 +132,7 @@ class Session:
         self._use(made, place.relax(promised_bytes=plan.chosen.peak_bytes, peak_bytes=peak_bytes))
 
     def _remembered(self, manifest: Manifest, made: _Made, plan: Plan) -> Remembered:
-        what = (manifest.spec, made.engine, made.data, plan.settings.optimizer, self.threads, self._cache)
+        what = (manifest.spec, made.engine, made.data, plan.settings, self.threads, self._cache)
         return remembered(*what, budget_bytes=made.budget_bytes)
 
     def _use(self, made: _Made, calibration: Calibration | None) -> None:
@@ -136,7 +142,7 @@ class Session:
     def _prepare(self, manifest: Manifest, store: BlobStore, settings: TrainSettings) -> _Made:
         """Tokenise and calibrate, or remember it: both depend on the model's shape, not on its weights."""
         stat = self._data.stat() if self._data.exists() else None
-        choices = (settings.optimizer, settings.lora_rank)
+        choices = (settings.optimizer, settings.lora_rank, settings.lora_targets)
         key = (manifest.spec, manifest.tokenizer, manifest.graphs, choices, stat and (stat.st_mtime_ns, stat.st_size))
         if self._made is None or self._made.key != key or not self._made.corpus.exists():
             checkpoint = Checkpoint(
@@ -149,13 +155,13 @@ class Session:
                 )
             source = _source(manifest, store)
             shipped = store.path(manifest.graphs) if manifest.graphs else None
-            engine = find_engine(source, self._engine, settings.lora_rank, self._cache, self._say, shipped)
+            engine = find_engine(source, self._engine, self._cache, self._say, shipped)
             budget_bytes = self.budget().memory_bytes
             calibration = calibrate(
                 source,
                 engine,
                 prepared.data,
-                settings.optimizer,
+                settings,
                 self.threads,
                 self._cache,
                 budget_bytes=budget_bytes,

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_coordinator.aggregate import Update, apply, check_update, fold
+from edge_coordinator.aggregate import Update, apply, check_update, fold, mean_changes
 from edge_models import hub
 from edge_runtime.codecs import CODECS, PACKED, update_bytes
 from edge_runtime.console import note, run_main
@@ -29,6 +29,7 @@ from edge_runtime.encoding import pack_file, write_update
 from edge_runtime.errors import EdgeError, UsageError
 from edge_runtime.graphs.bundle import GraphSet
 from edge_runtime.graphs.find import find_graphs, read_graphs
+from edge_runtime.layout import sent
 from edge_runtime.model import ModelSpec
 from edge_runtime.records import CostRow, Plan, TrainSettings
 from edge_runtime.residual import Residual, error_feedback
@@ -109,7 +110,7 @@ def measure(args: argparse.Namespace) -> int:
             shutil.rmtree(scratch / str(seed))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    lora = 4 * spec.adapter_size(spec.num_blocks, LORA_RANK) + update_bytes(spec, 0, "f32")
+    lora = update_bytes(sent(spec, spec.num_blocks, (LORA_RANK,) * spec.num_blocks, (), "ab"), "f32")
     rows = [row(name, runs[name], runs.get(name_of(depth, "f32"), []), spec, depth, lora)
             for depth in DEPTHS for name in names if name.startswith(f"last {depth} ")]  # fmt: skip
     bench.finish(
@@ -149,7 +150,7 @@ def row(
         bytes_up=sent,
         accuracy=right,
         wall_s=float(np.mean([found["wall_s"] for found in runs])),
-        smaller=f"{update_bytes(spec, depth, 'f32') / sent:.1f} x",
+        smaller=f"{update_bytes(spec.suffix(depth), 'f32') / sent:.1f} x",
         lora_share=sent / lora,
         lost=None if lost is None else f"{lost:+.2f}",
         runs=[dict(found) for found in runs],
@@ -191,9 +192,9 @@ class Fleet:
         for round_ in range(1, self.args.rounds + 1):
             updates = [self.update(depth, codec, model, round_, number, place) for number in range(self.args.devices)]
             sent += [update.path.stat().st_size for update in updates]
-            partial = fold(self.spec, None, updates, place / "sum")
+            partial = fold(self.spec.tensors, None, updates, place / "sum")
             paths = {name: self.store.path(blob) for name, blob in model.items()}
-            model |= apply(self.spec, partial, paths, self.store)
+            model |= apply(mean_changes(self.spec.tensors, partial), paths, self.store)
         backend = GraphBackend(self.spec, self.mapped(model), self.plan(depth, codec, 0, 0), self.graphs,
                                self.args.threads, self.scratch)  # fmt: skip
         right = accuracy(backend, self.test, BATCH)
@@ -233,8 +234,8 @@ class Fleet:
                 pays = pack_file(path, file) <= PACKED_PAYS * path.stat().st_size
             if pays:
                 path, name = packed, codec + PACKED
-        update = Update(str(number), path, len(self.corpora[number]), depth, name)
-        if reason := check_update(self.spec, update):
+        update = Update(str(number), path, len(self.corpora[number]), self.spec.suffix(depth), name)
+        if reason := check_update(update):
             raise EdgeError(f"the coordinator would refuse this update: {reason}")
         return update
 

@@ -21,6 +21,7 @@ from edge_coordinator.peers import MAX_BAD_HASHES, Peer, Peers
 from edge_coordinator.run import Emit, Run, read_join
 from edge_runtime.codecs import misfit, update_bytes
 from edge_runtime.errors import StoreError, WireError
+from edge_runtime.layout import layout
 from edge_runtime.planner import feasible
 from edge_runtime.records import Plan
 from edge_runtime.topics import Topics
@@ -144,6 +145,7 @@ class Server:
     def _advance(self, now: float) -> None:
         happened = self.run.advance(now, len(self.peers.online()))
         if happened == "opened":
+            self._announce_model()  # the run may have begun with other adapters
             self._announce_round()
         elif happened == "planned":
             state = self.run.state()
@@ -286,7 +288,8 @@ class Server:
                 ),
             )
             self.emit({"event": "granted", "round": number, "device": member.device, "depth": plan.chosen.depth,
-                       "checkpointing": plan.chosen.checkpointing, "peak_bytes": plan.chosen.peak_bytes, "codec": plan.chosen.codec})  # fmt: skip
+                       "checkpointing": plan.chosen.checkpointing, "peak_bytes": plan.chosen.peak_bytes, "codec": plan.chosen.codec,
+                       "rank": plan.chosen.rank})  # fmt: skip
         else:
             self._ack(
                 member.device,
@@ -320,7 +323,7 @@ class Server:
         if member is None or member.plan is None or member.nonce != offer.nonce:
             return "there is no plan with this lease"
         plan: Plan = unpack_as(Plan, member.plan)
-        expected = update_bytes(self.run.manifest.spec, plan.chosen.depth, plan.chosen.codec)
+        expected = update_bytes(layout(self.run.manifest.spec, plan), plan.chosen.codec)
         if reason := misfit(offer.codec, offer.num_bytes, plan.chosen.codec, expected):
             return reason
         joined = read_join(member).num_examples
@@ -346,9 +349,10 @@ class Server:
             return
         member = self.ledger.members(self.run.name, offer.round)[peer.device]
         assert member.plan is not None
-        depth = unpack_as(Plan, member.plan).chosen.depth
-        update = Update(peer.device, self.models.updates.path(offer.blob), offer.num_examples, depth, offer.codec)
-        if reason := check_update(self.run.manifest.spec, update):
+        plan: Plan = unpack_as(Plan, member.plan)
+        depth, tensors = plan.chosen.depth, layout(self.run.manifest.spec, plan)
+        update = Update(peer.device, self.models.updates.path(offer.blob), offer.num_examples, tensors, offer.codec)
+        if reason := check_update(update):
             self._reject(peer, offer, reason)
             return
         metrics = {
@@ -366,7 +370,7 @@ class Server:
             self.emit({"event": "committed", "round": offer.round, "device": peer.device, "depth": depth, "codec": offer.codec, "num_bytes": offer.num_bytes,
                        "num_examples": offer.num_examples, **metrics})  # fmt: skip
         committed = self.ledger.contributions(self.run.name, offer.round)
-        if sum(not c.folded for c in committed.values()) >= FOLD_AT:
+        if not self.run.method.keeps_updates and sum(not c.folded for c in committed.values()) >= FOLD_AT:
             self.models.fold(self.run.name, offer.round, self.run.manifest, committed)
 
     def _reject(self, peer: Peer, offer: Offer, reason: str) -> None:
@@ -386,9 +390,12 @@ class Server:
     def _announce(self) -> None:
         """The retained messages that tell a newcomer everything."""
         self._broadcast("coord", Coordinator("up", self.run.epoch, software()))
+        self._announce_model()
+        self._announce_round()
+
+    def _announce_model(self) -> None:
         size = self.models.store.size(self.run.manifest_blob)
         self._broadcast("model", Model(self.run.manifest.version, self.run.manifest_blob, size, self.run.finished))
-        self._announce_round()
 
     def _announce_round(self) -> None:
         state = self.run.state()
@@ -403,6 +410,7 @@ class Server:
             self.config.run.method,
             self.config.train,
             self.run.rules.join_timeout_s,
+            self.run.method.adapters,
         )
         self._broadcast("round", message)
 

@@ -64,17 +64,24 @@ class Graph:
         self._input_shapes = {i.name: tuple(i.shape) for i in self._session.get_inputs()}
         self._output_shapes = {o.name: (tuple(o.shape), TYPES.get(o.type, "")) for o in self._session.get_outputs()}
 
-    def run_into(self, feeds: Mapping[str, Array], place: Place) -> dict[str, Array]:
+    def run_into(
+        self, feeds: Mapping[str, Array], place: Place, wanted: Collection[str] | None = None
+    ) -> dict[str, Array]:
         """As `run`, with each output written into the array that `place(name, shape, type)` gives for it.
+
+        Args:
+            wanted: only these outputs, and of them those that the graph has; what only others need is not computed.
 
         Raises:
             ModelError, MemoryError: as `run`.
         """
         self._check_feeds(feeds)
         outputs: dict[str, Array] = {}
-        shapes = {name: self._shape(shape, feeds) for name, (shape, _) in self._output_shapes.items()}
+        kinds = {name: known for name, known in self._output_shapes.items() if wanted is None or name in wanted}
+        shapes = {name: self._shape(shape, feeds) for name, (shape, _) in kinds.items()}
         if None in shapes.values():  # some family's dimension is known only when it is there
-            for name, value in self.run(feeds).items():
+            values = self.run(feeds)
+            for name, value in ((name, values[name]) for name in kinds):
                 outputs[name] = place(name, value.shape, self._output_shapes[name][1])
                 outputs[name][...] = value
             return outputs
@@ -82,10 +89,10 @@ class Graph:
         try:
             for name in self.inputs:
                 binding.bind_cpu_input(name, np.asarray(feeds[name]))
-            for name, (_, kind) in self._output_shapes.items():
+            for name, (_, kind) in kinds.items():
                 array = outputs[name] = place(name, shapes[name] or (), kind)
                 binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, _only_fetched() if len(kinds) < len(self.outputs) else None)
         except ModelError:
             raise
         except Exception as error:  # onnxruntime's errors share no type
@@ -167,6 +174,13 @@ class Graphs:
         """Open these now, so that the first step does not wait for them."""
         for name in names:
             self[name]
+
+
+@functools.cache
+def _only_fetched() -> onnxruntime.RunOptions:
+    options = onnxruntime.RunOptions()
+    options.only_execute_path_to_fetches = True
+    return options
 
 
 def _first_line(error: Exception) -> str:

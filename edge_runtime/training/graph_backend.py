@@ -36,10 +36,12 @@ from edge_runtime.graphs.bundle import (
 )
 from edge_runtime.graphs.quantized import QuantizedTensors
 from edge_runtime.graphs.session import Graphs
+from edge_runtime.layout import ranks_of
 from edge_runtime.model import EMBED, ModelSpec
 from edge_runtime.records import Plan
-from edge_runtime.training.adapters import LoraAdapters
+from edge_runtime.training.adapters import LoraAdapters, deltas, pull_back
 from edge_runtime.training.corpus import Batch
+from edge_runtime.training.graph_adapters import GraphAdapters
 from edge_runtime.training.optimizers import Optimizer
 from edge_runtime.training.pages import GradientSums, Pool, page_copy
 from edge_runtime.weights import MappedTensor, release_pages
@@ -69,8 +71,9 @@ class GraphBackend:
         graphs: GraphSet,
         threads: int,
         scratch: Path,
+        start: Mapping[str, MappedTensor] | None = None,
     ) -> None:
-        """`scratch` is the device's cache folder, for an int8 copy of the prefix."""
+        """`scratch` is the device's cache folder, for an int8 copy of the prefix; `start` what adapters begin from."""
         self._spec, self._weights, self._plan, self._set = spec, weights, plan, graphs
         self._chosen = plan.chosen
         self._cut = spec.num_blocks - plan.chosen.depth  # the first trained block
@@ -81,17 +84,17 @@ class GraphBackend:
             for part in range(spec.num_blocks)
         }
         self._head = [t.name for t in spec.suffix(0)]
-        self._lora: LoraAdapters | None = None
-        if plan.chosen.rank:
-            self._lora = LoraAdapters(spec, range(self._cut, spec.num_blocks), plan.chosen.rank, plan.settings)
-            self._trained: dict[str, Array] = dict(self._lora.tensors)
+        self._lora: GraphAdapters | None = None
+        if plan.chosen.rank and plan.chosen.depth:
+            self._lora = GraphAdapters(spec, LoraAdapters(spec, plan, start), ranks_of(spec, plan))
+            self._trained: dict[str, Array] = {n: self._lora.tensors[n] for n in self._lora.trained}
             self._trained |= {n: page_copy(weights[n].array()) for n in self._head}
         else:
             self._trained = {t.name: page_copy(weights[t.name].array()) for t in spec.suffix(plan.chosen.depth)}
         self._int8: QuantizedTensors | None = None
         if plan.chosen.precision == "int8" and self._cut:
             self._int8 = QuantizedTensors.open(scratch, spec, weights, range(self._cut))
-        self.optimizer = Optimizer(plan.settings, self._head, set(self._lora.tensors) if self._lora else ())
+        self.optimizer = Optimizer(plan.settings, self._head, self._lora.trained if self._lora else ())
         self._sums = GradientSums()
         self._pool = Pool()
         self._open_graphs()
@@ -124,15 +127,14 @@ class GraphBackend:
         return self._graphs[HEAD_FORWARD].run(feeds)["logits"]
 
     def deltas(self) -> Iterator[tuple[str, Array]]:
-        """Trained tensor minus its start, float32 and flat, in the order of the plan's suffix, a piece at a time."""
-        for tensor in self._spec.suffix(self._chosen.depth):
-            if tensor.name in self._trained:
-                for piece in self._weights[tensor.name].differences(self._trained[tensor.name]):
-                    yield tensor.name, piece
-            else:
-                assert self._lora is not None, "every other tensor of the suffix is trained"
-                for piece in self._lora.delta(tensor):
-                    yield tensor.name, piece
+        """Trained tensor minus its start, float32 and flat, in the order of the plan's layout, a piece at a time."""
+        return deltas(self._spec, self._plan, self._changes, self._lora.adapters if self._lora else None)
+
+    def _changes(self, name: str) -> Iterator[Array]:
+        """A trained tensor minus its start, flat, a piece at a time."""
+        if self._lora and name in self._lora.tensors:
+            return self._lora.adapters.changes(name)
+        return self._weights[name].differences(self._trained[name])
 
     def arrays(self) -> Iterator[Array]:
         """Everything that steps change, in a fixed order."""
@@ -283,7 +285,8 @@ class GraphBackend:
     def _backward(self, part: int, kept: dict[str, Array], gradient: Array, number: int = 0) -> Array:
         """Add the block's gradients to the sums; -> the gradient of its input (empty for the first trained block)."""
         graph = self._graph(part, FIRST_BACKWARD if part == self._cut else BACKWARD)
-        full = self._lora.names(part) if self._lora else self._names[part]
+        full = self._trained_names(part)
+        wanted = {"d_hidden", *(GRADIENT + relative for relative in full)}
 
         def place(name: str, shape: tuple[int, ...], kind: str) -> Array:
             if name == "d_hidden":
@@ -291,7 +294,7 @@ class GraphBackend:
             return self._sums.place(full[name.removeprefix(GRADIENT)], shape)
 
         with self._tensors(part) as tensors:
-            found = self._graphs[graph].run_into({**kept, "d_out": gradient, **tensors}, place)
+            found = self._graphs[graph].run_into({**kept, "d_out": gradient, **tensors}, place, wanted)
         before = found.pop("d_hidden", _NOTHING)
         for output, value in found.items():
             self._sums.add(full[output.removeprefix(GRADIENT)], value)
@@ -317,10 +320,18 @@ class GraphBackend:
         """Apply and free all gradients, or one block's."""
         names = self._sums.names()
         if part is not None:
-            of_block = set((self._lora.names(part) if self._lora else self._names[part]).values())
+            of_block = set(self._trained_names(part).values())
             names = [name for name in names if name in of_block]
+        mu = self._plan.settings.proximal_mu
         for name in names:
-            self.optimizer.update(name, self._trained[name], self._sums.take(name))
+            gradient = self._sums.take(name)
+            if mu:
+                pull_back(gradient, self._changes(name), mu)
+            self.optimizer.update(name, self._trained[name], gradient)
+
+    def _trained_names(self, part: int) -> Mapping[str, str]:
+        """What is trained in a block: its name in the graphs -> its full name."""
+        return self._lora.trained_names(part) if self._lora else self._names[part]
 
     # tensors and graphs
 
@@ -340,8 +351,7 @@ class GraphBackend:
             feeds |= quantized
             mapped += list(quantized.values())[:1]  # letting go of one lets go of all: they are one map
         if self._lora and part >= self._cut:
-            feeds |= {relative: self._trained[name] for relative, name in self._lora.names(part).items()}
-            feeds["lora_scale"] = self._lora.scale
+            feeds |= self._lora.feeds(part)
         try:
             yield feeds
         finally:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from edge_runtime.cost import GRAPH_BACKEND, Calibration, Point, graph_law_bytes, law_bytes, trained_size
+from edge_runtime.cost import GRAPH_BACKEND, Calibration, Point, Trained, graph_law_bytes, law_bytes, trained
 from edge_runtime.errors import ModelError, TrainingFailed
 from edge_runtime.hardware import process_memory, profile, reset_peak
 from edge_runtime.model import ModelSpec
@@ -50,13 +50,16 @@ class Probed:
     threads: int
     optimizer: str = "adamw"
     rank: int = 0
+    targets: Sequence[str] = ()
     precision: str = "float32"
     room: int | None = None  # bytes that no plan may pass: what would take more need not be measured
     limit: int = 1 << 60  # bytes at which this process is ended
 
     def settings(self, batch_size: int) -> TrainSettings:
         """For steps whose memory is measured: the optimizer without states."""
-        return TrainSettings(batch_size=batch_size, optimizer="sgd", lora_rank=self.rank)
+        return TrainSettings(
+            batch_size=batch_size, optimizer="sgd", lora_rank=self.rank, lora_targets=tuple(self.targets)
+        )
 
     def batch(self, size: int, length: int) -> Batch:
         """Random tokens, no padding."""
@@ -64,6 +67,10 @@ class Probed:
         length = max(4, min(length, self.spec.max_length))
         ids = random.integers(0, self.spec.tensors[0].shape[0], (size, length))
         return Batch(ids, np.ones_like(ids), random.integers(0, len(self.spec.labels), size))
+
+    def trained(self, depth: int) -> Trained:
+        """What its steps train."""
+        return trained(self.spec, depth, self.settings(1))
 
     def plan(self, backend: str, depth: int, size: int) -> Plan:
         """A step of one micro-batch."""
@@ -83,9 +90,9 @@ def measure_torch(probed: Probed) -> Calibration:
         backend.step(few)
     backend.touch()
     peak = process_memory()["VmHWM"]
-    runtime = max(0, peak - law_bytes(spec, 1, False, FEW * length, 1, "sgd"))
+    runtime = max(0, peak - law_bytes(spec, probed.trained(1), False, FEW * length, 1, "sgd"))
     head = TorchBackend(spec, probed.weights, probed.plan("torch", 0, max(SIZES)), probed.threads)
-    return Calibration("torch", runtime, **seconds(head, backend, probed, 1, SIZES))
+    return Calibration("torch", runtime, **seconds(head, backend, probed, 1, SIZES), rank=probed.rank)
 
 
 def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibration:
@@ -104,7 +111,6 @@ def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibrati
 
     def peaks(backend: GraphBackend, depth: int) -> tuple[Point, ...]:
         points: list[Point] = []
-        rank = probed.rank if depth else 0
         base = process_memory()["VmRSS"]
         last, growth, taken_s = 1, 0, 0.0
         for size in SIZES:
@@ -116,7 +122,7 @@ def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibrati
             for _ in range(2):
                 backend.step(probed.batch(size, longest))
             last, growth, taken_s = size, process_memory()["VmHWM"] - base, time.perf_counter() - begun
-            held = graph_law_bytes(spec, depth, False, rank, tokens, tokens, "sgd")
+            held = graph_law_bytes(spec, probed.trained(depth), False, tokens, tokens, "sgd")
             points.append(Point(tokens, max(0, process_memory()["VmHWM"] - held)))
         return tuple(points)
 
@@ -125,17 +131,17 @@ def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibrati
     depth = deepest(probed, head[0], longest)
     block = in_child(lambda: peaks(backend_of(depth), depth)) if depth else ()
     alone = backend_of(0)
-    trained = backend_of(depth) if depth else alone
+    blocks = backend_of(depth) if depth else alone
     return Calibration(
         GRAPH_BACKEND,
         0,
-        **seconds(alone, trained, probed, depth, SIZES[: len(block or head)]),
+        **seconds(alone, blocks, probed, depth, SIZES[: len(block or head)]),
         rank=probed.rank,
         precision=probed.precision,
         head_peaks=head,
         block_peaks=block,
         probed_depth=depth,
-        saved_per_token_bytes=trained.saved_bytes(probed.batch(1, longest)) // longest if depth else 0,
+        saved_per_token_bytes=blocks.saved_bytes(probed.batch(1, longest)) // longest if depth else 0,
     )
 
 
@@ -143,7 +149,7 @@ def deepest(probed: Probed, head: Point, longest: int) -> int:
     """How many blocks, at most two, can be trained here by what the law says and training the head alone took."""
     limit = min(hardware_room(), probed.limit)
     for depth in (2, 1):
-        held = graph_law_bytes(probed.spec, depth, False, probed.rank, longest, longest, "sgd")
+        held = graph_law_bytes(probed.spec, probed.trained(depth), False, longest, longest, "sgd")
         if depth <= probed.spec.num_blocks and head.peak_bytes + held <= limit:
             return depth
     return 0
@@ -159,8 +165,8 @@ class Timed(Protocol):
         """One block forward."""
 
 
-def seconds(head: Timed, trained: Timed, probed: Probed, depth: int, sizes: Sequence[int]) -> dict[str, Any]:
-    """The seconds of a calibration, from whole steps of `head`, which trains that alone, and of `trained`, which trains `depth` blocks.
+def seconds(head: Timed, blocks: Timed, probed: Probed, depth: int, sizes: Sequence[int]) -> dict[str, Any]:
+    """The seconds of a calibration, from whole steps of `head`, which trains that alone, and of `blocks`, which trains `depth` of them.
 
     So the parts add up to what was measured for both, and to a line between them; a block forward is timed by itself.
     """
@@ -168,12 +174,12 @@ def seconds(head: Timed, trained: Timed, probed: Probed, depth: int, sizes: Sequ
     update = update_s("sgd")
     for size in sizes:
         batch = probed.batch(size, probed.mean)
-        head_s = median_s(partial(head.step, batch)) - update * trained_size(spec, 0, probed.rank)
+        head_s = median_s(partial(head.step, batch)) - update * probed.trained(0).total
         forward_s = min(median_s(head.block(batch)), head_s / spec.num_blocks)
         rest_s = head_s - spec.num_blocks * forward_s
         train_s = forward_s
         if depth:
-            whole_s = median_s(partial(trained.step, batch)) - update * trained_size(spec, depth, probed.rank)
+            whole_s = median_s(partial(blocks.step, batch)) - update * probed.trained(depth).total
             train_s += max(0.0, whole_s - head_s) / depth
         for what, taken in (("forward", forward_s), ("train", train_s), ("rest", rest_s)):
             points[what].append((batch.ids.size, max(0.0, taken)))

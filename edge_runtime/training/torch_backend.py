@@ -15,8 +15,10 @@ import torch.nn.functional as F
 
 from edge_runtime.model import ModelSpec, load_family
 from edge_runtime.records import Plan
+from edge_runtime.training.adapters import LoraAdapters, deltas, pull_back
 from edge_runtime.training.corpus import Batch
 from edge_runtime.training.optimizers import Optimizer
+from edge_runtime.training.torch_adapters import adapt
 from edge_runtime.weights import MappedTensor
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class TorchBackend:
-    """Trains the last blocks and the head of a model in float32 on the CPU.
+    """Trains the last blocks, or adapters in them, and the head of a model in float32 on the CPU.
 
     Memory: 4 bytes per trained weight for itself, 4 for its gradient, 8 more with AdamW; the activations of one
     micro-batch; the prefix only as the file pages that it touches.
@@ -34,30 +36,44 @@ class TorchBackend:
 
     name = "torch"
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, MappedTensor], plan: Plan, threads: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, MappedTensor],
+        plan: Plan,
+        threads: int,
+        start: Mapping[str, MappedTensor] | None = None,
+    ) -> None:
+        """`start`: what adapters begin from."""
         torch.set_num_threads(threads)
         torch.manual_seed(plan.settings.seed)
-        self._depth, self._plan = plan.chosen.depth, plan
-        self._base = {t.name: weights[t.name] for t in spec.suffix(self._depth)}
+        self._spec, self._depth, self._plan = spec, plan.chosen.depth, plan
+        self._lora = LoraAdapters(spec, plan, start) if plan.chosen.rank and self._depth else None
+        self._base = {t.name: weights[t.name] for t in spec.suffix(0 if self._lora else self._depth)}
         tensors = {t.name: torch.from_numpy(weights[t.name].array()) for t in spec.tensors}
         for name in self._base:
             tensors[name] = tensors[name].clone()
         self._model = load_family(spec.family).build(spec, tensors)
         for name, parameter in self._model.named_parameters():  # type: ignore[attr-defined]
             parameter.requires_grad_(name in self._base)
-        trained = {n: p for n, p in self._model.named_parameters() if n in self._base}  # type: ignore[attr-defined]
-        self._trained = {t.name: trained[t.name] for t in spec.suffix(self._depth)}
+        named = dict(self._model.named_parameters())  # type: ignore[attr-defined]
+        self._trained = adapt(self._model, self._lora) if self._lora else {}
+        self._trained |= {name: named[name] for name in self._base}
         head = {t.name for t in spec.suffix(0)}
-        self.optimizer = Optimizer(plan.settings, head)
+        self.optimizer = Optimizer(plan.settings, head, self._lora.trained if self._lora else ())
 
     def step(self, batch: Batch) -> float:
         total = 0.0
         for part in batch.split(self._plan.chosen.micro_batch):
             total += self._accumulate(part, len(batch.labels))
         self.optimizer.begin_step()
+        mu = self._plan.settings.proximal_mu
         for name, parameter in self._trained.items():
             if parameter.grad is not None:
-                self.optimizer.update(name, parameter.detach().numpy(), parameter.grad.contiguous().numpy())
+                gradient = parameter.grad.contiguous().numpy()
+                if mu:
+                    pull_back(gradient, self._changes(name), mu)
+                self.optimizer.update(name, parameter.detach().numpy(), gradient)
                 parameter.grad = None
         return total
 
@@ -71,9 +87,13 @@ class TorchBackend:
         return int((predicted == torch.from_numpy(batch.labels)).sum())
 
     def deltas(self) -> Iterator[tuple[str, Array]]:
-        for name, parameter in self._trained.items():
-            for piece in self._base[name].differences(parameter.detach().numpy()):
-                yield name, piece
+        return deltas(self._spec, self._plan, self._changes, self._lora)
+
+    def _changes(self, name: str) -> Iterator[Array]:
+        """A trained tensor minus its start, flat, a piece at a time."""
+        if self._lora and name in self._lora.tensors:
+            return self._lora.changes(name)
+        return self._base[name].differences(self._trained[name].detach().numpy())
 
     def arrays(self) -> Iterator[Array]:
         for name, parameter in self._trained.items():

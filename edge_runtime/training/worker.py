@@ -21,6 +21,7 @@ from edge_runtime.cost import GRAPH_BACKEND
 from edge_runtime.data import Example, Examples, read_examples
 from edge_runtime.errors import EdgeError, ModelError, StoreError, UsageError
 from edge_runtime.hardware import process_memory
+from edge_runtime.layout import layout
 from edge_runtime.model import ModelSpec, load_family
 from edge_runtime.records import CostRow, Plan, TrainReport
 from edge_runtime.split import train_test
@@ -55,11 +56,11 @@ def spec_of(job: Job) -> ModelSpec:
     return load_family(job["family"]).describe(job["config"], job["labels"], job["max_length"])
 
 
-def weights_of(job: Job) -> dict[str, MappedTensor]:
-    """Where a job's weights lie."""
+def weights_of(job: Job, what: str = "weights") -> dict[str, MappedTensor]:
+    """Where a job's weights lie, or with "adapters" the A and B that training begins from."""
     return {
         name: MappedTensor(path, offset, tuple(shape), dtype)
-        for name, (path, offset, shape, dtype) in job["weights"].items()
+        for name, (path, offset, shape, dtype) in job.get(what, {}).items()
     }
 
 
@@ -90,13 +91,25 @@ def corpus(job: Job) -> dict[str, Any]:
 
 def backend_of(job: Job, spec: ModelSpec, plan: Plan) -> Backend:
     """The backend that the plan names."""
+    start, weights = weights_of(job, "adapters"), frozen_of(job, spec, plan)
     if plan.chosen.backend != GRAPH_BACKEND:
         from edge_runtime.training.torch_backend import TorchBackend
 
-        return TorchBackend(spec, weights_of(job), plan, job["threads"])
+        return TorchBackend(spec, weights, plan, job["threads"], start)
     from edge_runtime.training.graph_backend import GraphBackend
 
-    return GraphBackend(spec, weights_of(job), plan, graphs_of(job, spec), job["threads"], Path(job["cache"]))
+    return GraphBackend(spec, weights, plan, graphs_of(job, spec), job["threads"], Path(job["cache"]), start)
+
+
+def frozen_of(job: Job, spec: ModelSpec, plan: Plan) -> dict[str, MappedTensor]:
+    """Where the weights lie, those of blocks that the plan does not train with what the fleet's adapters add to them."""
+    from edge_runtime.merge import merged
+
+    weights, adapters = weights_of(job), weights_of(job, "adapters")
+    if not adapters:
+        return weights
+    below = spec.num_blocks - plan.chosen.depth
+    return merged(spec, weights, adapters, job["adapter_scale"], Path(job["cache"]), below=below)
 
 
 def graphs_of(job: Job, spec: ModelSpec) -> GraphSet:
@@ -125,7 +138,7 @@ def open_cache(job: Job, spec: ModelSpec, plan: Plan, data: Corpus) -> tuple[Pre
     from edge_runtime.training.prefix_cache import PrefixCache, prefix_key
 
     root = Path(job["cache"])
-    key = prefix_key(spec, weights_of(job), plan.chosen.depth, data.folder.name, plan.chosen.precision)
+    key = prefix_key(spec, frozen_of(job, spec, plan), plan.chosen.depth, data.folder.name, plan.chosen.precision)
     pays = plan.settings.epochs > 1
     with contextlib.suppress(OSError, StoreError):
         before = prefix_before(root / "last-prefix", key, job.get("round"))
@@ -157,7 +170,7 @@ def prefix_before(record: Path, key: str, round_: str | None) -> str:
 
 
 def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
-    """Train as planned and write the update: every trained tensor's delta in the plan's codec, in the order of the suffix.
+    """Train as planned and write the update: every trained tensor's delta in the plan's codec, in the order of `layout.py`.
 
     Where the job names smaller candidates, memory is watched, and training goes on as one of them when it gets short.
     """
@@ -236,7 +249,7 @@ def update(job: Job, spec: ModelSpec, plan: Plan, deltas: Iterator[tuple[str, Ar
     from edge_runtime.residual import error_feedback
 
     name, target = plan.chosen.codec, Path(job["update"])
-    sizes = {tensor.name: tensor.size for tensor in spec.suffix(plan.chosen.depth)}
+    sizes = {tensor.name: tensor.size for tensor in layout(spec, plan)}
     with contextlib.ExitStack() as stack:
         kept = job.get("residual")
         feedback = None
@@ -262,7 +275,8 @@ def probe(job: Job) -> dict[str, Any]:
     from edge_runtime.training.probe import Probed, measure_graphs, measure_torch
 
     choices = {
-        key: job[key] for key in ("mean", "longest", "threads", "optimizer", "rank", "precision", "room", "limit")
+        key: job[key]
+        for key in ("mean", "longest", "threads", "optimizer", "rank", "targets", "precision", "room", "limit")
     }
     probed = Probed(spec_of(job), weights_of(job), **choices)
     if job["backend"] == GRAPH_BACKEND:

@@ -56,6 +56,14 @@ DISTILBERT_NAMES = {
 DISTILBERT_LAYER = re.compile(r"transformer\.layer\.(\d+)\.(.+)\.(weight|bias)")
 OLD_NORM_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 HEAD_NAMES = ("classifier.weight", "classifier.bias")
+LAYER_NAMES = {  # a block's linear layers by their short names
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "o": "attention.output.dense",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+}
 # They size tensors or count blocks; whether there are token types at all shows in the embedding's tensors.
 GRAPH_FREE_CONFIG = frozenset({"num_hidden_layers", "vocab_size", "max_position_embeddings", "type_vocab_size"})
 

@@ -13,6 +13,7 @@ from edge_runtime.calibration import calibrate, remembered
 from edge_runtime.cost import Calibration, DataShape, Point
 from edge_runtime.engine import Engine
 from edge_runtime.errors import DoesNotFit, ModelError, TrainingFailed
+from edge_runtime.records import TrainSettings
 from edge_runtime.source import Source
 from edge_runtime.weights import MappedTensor
 from edge_runtime.wire import to_plain
@@ -21,7 +22,7 @@ from tests.samples import small_spec
 MIB = 1 << 20
 SPEC = small_spec(2, 128)
 SOURCE = Source(SPEC, {t.name: MappedTensor("weights", 0, t.shape) for t in SPEC.tensors}, Path("tokenizer.json"), {})
-ENGINE = Engine("onnx", None, 0, "float32", True)
+ENGINE = Engine("onnx", None, "float32", True)
 DATA = DataShape(100, 32, 16.0)
 POINTS = (Point(32, 90 * MIB), Point(128, 95 * MIB))
 MEASURED = Calibration("onnx", 0, 1e-4, 1e-5, 3e-4, 3e-5, 1e-9, head_peaks=POINTS, block_peaks=POINTS, probed_depth=2)
@@ -41,7 +42,7 @@ class Probe:
 
 
 def ask(cache: Path, *, budget: int = 200 * MIB, limit: int = 300 * MIB, engine: Engine = ENGINE) -> Calibration:
-    return calibrate(SOURCE, engine, DATA, "adamw", 1, cache, budget_bytes=budget, limit_bytes=limit)
+    return calibrate(SOURCE, engine, DATA, TrainSettings(), 1, cache, budget_bytes=budget, limit_bytes=limit)
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_another_failure_of_the_probe_is_told_as_it_is(error: Exception, probe: 
 
 
 def test_after_a_kill_at_the_limit_more_is_promised_each_time_but_not_without_end(probe: Probe, tmp_path: Path) -> None:
-    place = remembered(SPEC, ENGINE, DATA, "adamw", 1, tmp_path, budget_bytes=200 * MIB)
+    place = remembered(SPEC, ENGINE, DATA, TrainSettings(), 1, tmp_path, budget_bytes=200 * MIB)
 
     def killed() -> Calibration | None:
         return place.correct(promised_bytes=100 * MIB, limit_bytes=120 * MIB)
@@ -109,7 +110,7 @@ def test_after_a_kill_at_the_limit_more_is_promised_each_time_but_not_without_en
 
 def test_a_correction_that_was_too_much_is_taken_back_bit_by_bit_and_no_further(probe: Probe, tmp_path: Path) -> None:
     ask(tmp_path)
-    place = remembered(SPEC, ENGINE, DATA, "adamw", 1, tmp_path, budget_bytes=200 * MIB)
+    place = remembered(SPEC, ENGINE, DATA, TrainSettings(), 1, tmp_path, budget_bytes=200 * MIB)
     assert place.relax(promised_bytes=200 * MIB, peak_bytes=100 * MIB) is None, "there is no correction"
     place.correct(promised_bytes=100 * MIB, limit_bytes=160 * MIB)
     promised, needed = 168 * MIB, 120 * MIB  # of which 100 without the correction

@@ -29,7 +29,7 @@ SPEC = small_spec(4, 300)
 
 def test_float32_has_the_size_that_it_always_had() -> None:
     for depth in range(5):
-        assert update_bytes(SPEC, depth, "f32") == sum(t.num_bytes for t in SPEC.suffix(depth))
+        assert update_bytes(SPEC.suffix(depth), "f32") == sum(t.num_bytes for t in SPEC.suffix(depth))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_tensors_bytes_are_those_of_its_sections(size: int, name: str) -> None
 
 
 def test_each_codec_is_smaller_than_the_one_before() -> None:
-    sizes = [update_bytes(SPEC, 2, name) for name in CODECS]
+    sizes = [update_bytes(SPEC.suffix(2), name) for name in CODECS]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == len(sizes)
 
@@ -68,8 +68,8 @@ def test_each_codec_is_smaller_than_the_one_before() -> None:
 @quickly(60)
 @given(depth=st.integers(0, 4), budget=st.none() | st.integers(0, 2_000_000))
 def test_auto_is_the_finest_within_the_budget_and_the_smallest_where_none_is(depth: int, budget: int | None) -> None:
-    chosen = pick_codec(SPEC, depth, AUTO, budget)
-    sizes = {name: update_bytes(SPEC, depth, name) for name in CHOSEN}
+    chosen = pick_codec(SPEC.suffix(depth), AUTO, budget)
+    sizes = {name: update_bytes(SPEC.suffix(depth), name) for name in CHOSEN}
     fitting = [name for name in CHOSEN if budget is None or sizes[name] <= budget]
     if fitting:
         assert chosen == fitting[0]
@@ -78,13 +78,13 @@ def test_auto_is_the_finest_within_the_budget_and_the_smallest_where_none_is(dep
 
 
 def test_a_codec_that_is_named_is_taken_whatever_the_budget() -> None:
-    assert pick_codec(SPEC, 2, "int8", 1) == "int8"
-    assert pick_codec(SPEC, 2, "f32", 1) == "f32"
+    assert pick_codec(SPEC.suffix(2), "int8", 1) == "int8"
+    assert pick_codec(SPEC.suffix(2), "f32", 1) == "f32"
 
 
 @pytest.mark.parametrize("name", ["", "fp32", "topk", "int8+zlib", "F32", "topk100"])
 def test_a_codec_that_there_is_not_is_refused_with_those_that_there_are(name: str) -> None:
-    for refuse in (lambda: check_codec(name), lambda: pick_codec(SPEC, 0, name, None)):
+    for refuse in (lambda: check_codec(name), lambda: pick_codec(SPEC.suffix(0), name, None)):
         with pytest.raises(UsageError, match="codec must be auto or one of f32, f16, int8, int4, topk10, topk1"):
             refuse()
 

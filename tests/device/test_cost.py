@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from edge_runtime.cost import (
     Calibration,
     DataShape,
+    Trained,
     cost,
     dynamic_bytes,
     law_bytes,
@@ -22,7 +23,7 @@ from edge_runtime.cost import (
     padded_tokens,
     shape_of,
     static_bytes,
-    upload_bytes,
+    trained,
 )
 from edge_runtime.records import CostRow, TrainSettings
 from edge_runtime.training.corpus import Corpus
@@ -50,18 +51,22 @@ def priced(
     return cost(SPEC, data, settings, CALIBRATION, depth, checkpointing, micro_batch)
 
 
+def suffix(depth: int) -> Trained:
+    """What is trained at this depth without adapters."""
+    return trained(SPEC, depth, SETTINGS)
+
+
 def test_upload_is_the_bytes_of_the_suffix() -> None:
     head = 4 * (2 * 64 + 1)
     block = 4 * (64 * 64 + 64)
-    assert [upload_bytes(SPEC, depth) for depth in range(5)] == [head + depth * block for depth in range(5)]
-    assert priced(2).upload_bytes == head + 2 * block
+    assert [priced(depth).upload_bytes for depth in range(5)] == [head + depth * block for depth in range(5)]
 
 
 def test_adamw_holds_three_copies_of_what_is_trained_and_sgd_one_and_frozen_weights_are_held_once() -> None:
     whole = sum(t.num_bytes for t in SPEC.tensors)
     for depth in range(5):
-        assert static_bytes(SPEC, depth, "sgd") == whole
-        assert static_bytes(SPEC, depth, "adamw") == whole + 2 * upload_bytes(SPEC, depth)
+        assert static_bytes(SPEC, suffix(depth), "sgd") == whole
+        assert static_bytes(SPEC, suffix(depth), "adamw") == whole + 2 * suffix(depth).num_bytes
 
 
 @quickly(80)
@@ -69,36 +74,38 @@ def test_adamw_holds_three_copies_of_what_is_trained_and_sgd_one_and_frozen_weig
 def test_a_deeper_suffix_more_tokens_or_more_pieces_never_need_less_memory(
     depth: int, tokens: int, pieces: int, checkpointing: bool
 ) -> None:
-    here = dynamic_bytes(SPEC, depth, checkpointing, tokens, pieces)
-    assert here >= dynamic_bytes(SPEC, depth - 1, checkpointing and depth > 1, tokens, pieces)
-    assert here >= dynamic_bytes(SPEC, depth, checkpointing, tokens - 1, pieces)
-    assert dynamic_bytes(SPEC, depth, checkpointing, tokens, pieces + 1) >= here
+    here = dynamic_bytes(SPEC, suffix(depth), checkpointing, tokens, pieces)
+    assert here >= dynamic_bytes(SPEC, suffix(depth - 1), checkpointing and depth > 1, tokens, pieces)
+    assert here >= dynamic_bytes(SPEC, suffix(depth), checkpointing, tokens - 1, pieces)
+    assert dynamic_bytes(SPEC, suffix(depth), checkpointing, tokens, pieces + 1) >= here
     for optimizer in ("adamw", "sgd"):
-        assert law_bytes(SPEC, depth, checkpointing, tokens, pieces, optimizer) == here + static_bytes(
-            SPEC, depth, optimizer
+        assert law_bytes(SPEC, suffix(depth), checkpointing, tokens, pieces, optimizer) == here + static_bytes(
+            SPEC, suffix(depth), optimizer
         )
 
 
 @quickly(80)
 @given(depth=st.integers(2, 4), tokens=TOKENS, pieces=PIECES)
 def test_checkpointing_two_blocks_or_more_never_needs_more_memory(depth: int, tokens: int, pieces: int) -> None:
-    assert dynamic_bytes(SPEC, depth, True, tokens, pieces) <= dynamic_bytes(SPEC, depth, False, tokens, pieces)
+    assert dynamic_bytes(SPEC, suffix(depth), True, tokens, pieces) <= dynamic_bytes(
+        SPEC, suffix(depth), False, tokens, pieces
+    )
 
 
 def test_long_sequences_make_checkpointing_save_most_of_the_activations() -> None:
-    assert dynamic_bytes(SPEC, 4, True, 10_000, 1) < 0.5 * dynamic_bytes(SPEC, 4, False, 10_000, 1)
+    assert dynamic_bytes(SPEC, suffix(4), True, 10_000, 1) < 0.5 * dynamic_bytes(SPEC, suffix(4), False, 10_000, 1)
 
 
 def test_gradients_are_always_room_for() -> None:
     for depth in range(5):
-        assert dynamic_bytes(SPEC, depth, False, 1, 1) >= upload_bytes(SPEC, depth)
+        assert dynamic_bytes(SPEC, suffix(depth), False, 1, 1) >= suffix(depth).num_bytes
 
 
 def test_the_promised_peak_is_above_the_law_and_a_whole_number_of_mib() -> None:
     for depth in range(5):
         for size in (1, 4, 16):
             row = priced(depth, micro_batch=size)
-            law = law_bytes(SPEC, depth, False, size * DATA.longest, 16 // size, "adamw")
+            law = law_bytes(SPEC, suffix(depth), False, size * DATA.longest, 16 // size, "adamw")
             assert row.peak_bytes > CALIBRATION.runtime_bytes + law
             assert row.peak_bytes % (1 << 20) == 0
 

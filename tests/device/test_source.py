@@ -81,7 +81,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path, source: Source
 def test_training_says_so_before_it_begins(tmp_path: Path, source: Source) -> None:
     (tmp_path / "notes.txt").write_bytes(b"mine")
     prepared = Prepared(tmp_path, None, DataShape(1, 1, 1.0), LABELS, 0, ())
-    engine, calibration = Engine("torch", None, 0, "float32", False), Calibration("torch", 0, 0, 0, 0, 0, 0)
+    engine, calibration = Engine("torch", None, "float32", False), Calibration("torch", 0, 0, 0, 0, 0, 0)
     planned = Planned((), (), None, "nothing fits", Budget(1), source, prepared, engine, calibration)
     with pytest.raises(UsageError, match="holds other things"):
         train(planned, tmp_path, device=Device.measure(speed=False))

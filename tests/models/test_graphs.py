@@ -134,10 +134,15 @@ def graph_gradients(
     micro: int = 16,
     checkpointing: bool = False,
     rank: int = 0,
+    ranks: tuple[int, ...] = (),
+    targets: tuple[str, ...] = (),
+    adapters: str = "ab",
 ) -> tuple[float, dict[str, Array], GraphBackend]:
     """-> (loss, gradients, backend): one step of the graph backend. Adapters are set to random values, B too."""
     row = CostRow(depth, checkpointing, micro, 0, 0.0, 0.0, 0, "onnx", rank)
-    backend = GraphBackend(model.spec, model.weights, Plan(row, TrainSettings(), 1), model.graphs, 1, scratch)
+    settings = TrainSettings(lora_rank=rank, lora_targets=targets)
+    plan = Plan(row, settings, 1, ranks, adapters if rank else "")
+    backend = GraphBackend(model.spec, model.weights, plan, model.graphs, 1, scratch)
     recorder: Any = Recorder()
     backend.optimizer = recorder
     if backend._lora:
@@ -160,12 +165,16 @@ def torch_gradients(model: Model, batch: Batch, backend: GraphBackend) -> tuple[
         for part in range(backend._cut, spec.num_blocks):
             adapted, _ = derive.with_lora(network.blocks[part], bundle.relative_names(spec, part), 2)
             places = dict(adapted.named_modules())
-            for relative, name in backend._lora.names(part).items():
+            trained = backend._lora.trained_names(part)
+            for relative, given in backend._lora.feeds(part).items():
+                if relative == "lora_scale":
+                    continue
                 stem, _, which = relative.rpartition(".")
-                value = torch.nn.Parameter(torch.from_numpy(backend._lora.tensors[name]).double())
+                value = torch.nn.Parameter(torch.from_numpy(given).double())
                 setattr(places[stem], which, value)
-                places[stem].scale = float(backend._lora.scale)
-                wanted[name] = value
+                places[stem].scale = float(backend._lora.adapters.scale)
+                if relative in trained:
+                    wanted[trained[relative]] = value
             network.blocks[part] = adapted
         wanted |= {t.name: named[t.name] for t in spec.suffix(0)}
     else:
@@ -212,10 +221,22 @@ CASES: list[dict[str, Any]] = [
     {"seed": 7, "depth": 2, "rank": 8, "micro": 2},
     {"seed": 8, "depth": 3, "rank": 3, "checkpointing": True},
 ]
+LORA_CASES: list[dict[str, Any]] = [
+    {"seed": 9, "depth": 2, "rank": 8, "ranks": (1, 8), "micro": 2},
+    {"seed": 10, "depth": 2, "rank": 4, "targets": ("q", "v"), "micro": 3},
+    {"seed": 11, "depth": 3, "rank": 5, "ranks": (5, 2, 3), "targets": ("down", "key"), "checkpointing": True},
+    {"seed": 12, "depth": 2, "rank": 6, "adapters": "b"},
+    {"seed": 13, "depth": 1, "rank": 2, "targets": ("attention.output.dense",), "adapters": "b", "checkpointing": True},
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_shipped_sets_gradients_are_torchs(small: Model, case: dict[str, Any], tmp_path: Path) -> None:
+    assert gate(small, tmp_path, **case) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", LORA_CASES, ids=str)
+def test_ranks_targets_and_frozen_a_have_torchs_gradients(small: Model, case: dict[str, Any], tmp_path: Path) -> None:
     assert gate(small, tmp_path, **case) <= TOLERANCE
 
 
@@ -461,7 +482,7 @@ batch = Batch(random.integers(1, 90, (4, 9)), np.ones((4, 9), np.int64), np.aran
 losses = {}
 for rank in (0, 4):
     row = CostRow(2, True, 2, 0, 0.0, 0.0, 0, "onnx", rank)
-    settings = TrainSettings(learning_rate=1e-3, head_learning_rate=1e-3)
+    settings = TrainSettings(learning_rate=1e-3, head_learning_rate=1e-3, lora_rank=rank)
     backend = GraphBackend(spec, weights, Plan(row, settings, 12), graphs, 1, Path(job["cache"]))
     losses[rank] = [backend.step(batch) for _ in range(12)]
     assert list(dict(backend.deltas())) == [tensor.name for tensor in spec.suffix(2)]

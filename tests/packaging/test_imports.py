@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROOTS = {"edge_runtime": ROOT / "edge_runtime", "edge_coordinator": ROOT / "coordinator" / "edge_coordinator"}
 NEEDS_TORCH = (
+    "edge_runtime.training.torch_adapters",
     "edge_runtime.training.torch_backend",
     "edge_runtime.graphs.derive",
     "edge_runtime.graphs.partition",

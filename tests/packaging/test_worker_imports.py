@@ -83,12 +83,18 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         csv.writer(file).writerows([("text", "label"), *(("good good", "yes"), ("bad", "no")) * 4])
     config, weights = bert.open_folder(folder)
     plans = [
-        Plan(CostRow(depth, checkpointing, 2, 0, 0.0, 0.0, 0), TrainSettings(batch_size=4, optimizer=optimizer), 2)
-        for depth, checkpointing, optimizer in (
-            (2, False, "adamw"),
-            (3, True, "adamw"),
-            (0, False, "sgd"),
-            (1, True, "sgd"),
+        Plan(
+            CostRow(depth, checkpointing, 2, 0, 0.0, 0.0, 0, rank=rank),
+            TrainSettings(batch_size=4, optimizer=optimizer, lora_rank=rank, proximal_mu=0.1),
+            2,
+            adapters="ab" if rank else "",
+        )
+        for depth, checkpointing, optimizer, rank in (
+            (2, False, "adamw", 0),
+            (3, True, "adamw", 0),
+            (0, False, "sgd", 0),
+            (1, True, "sgd", 0),
+            (2, True, "adamw", 2),
         )
     ]
     return {
@@ -111,6 +117,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "longest": 8,
         "optimizer": "adamw",
         "rank": 0,
+        "targets": [],
         "precision": "float32",
         "room": None,
         "limit": 1 << 60,
@@ -133,7 +140,7 @@ def found(job: dict[str, Any]) -> Any:
 
 
 def test_every_plan_was_trained(found: Any) -> None:
-    assert [r["steps"] for r in found["reports"]] == [2, 2, 2, 2]
+    assert [r["steps"] for r in found["reports"]] == [2, 2, 2, 2, 2]
 
 
 def test_training_loads_neither_dynamo_nor_sympy_nor_transformers(found: Any) -> None:

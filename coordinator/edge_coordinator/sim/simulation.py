@@ -40,6 +40,7 @@ from edge_runtime.topics import COORDINATOR, Topics
 from edge_runtime.training.corpus import Corpus
 from edge_runtime.training.process import model_job, run_worker
 from edge_runtime.transport import LocalBroker, LocalTransport, Message
+from edge_runtime.weights import MappedTensor
 from edge_runtime.wire import from_plain, to_plain
 
 MARK = "simulation"  # in the ledger: this folder is no real fleet's
@@ -101,7 +102,7 @@ class Simulation:
         say("reading the data")
         self._prepared = _prepare(manifest, self.models, options)
         self.corpus = Corpus(self._prepared.corpus)
-        self.engine = _engine(manifest, self.models, config.train.lora_rank, say)
+        self.engine = _engine(manifest, self.models, say)
         chosen = parse_shares(options.classes, read_classes(options.class_file))
         kinds = [kind for kind, _ in chosen]
         settings = self.results.settings(self._description(kinds), lambda: self._calibrated(manifest, say))
@@ -182,6 +183,7 @@ class Simulation:
         """What the coordinator reports: its deadlines become times of the clock."""
         kind, run, now_s = event["event"], self.fleet.config.run, self.clock.now_s
         if kind == "round-opened":
+            self._hold()  # the run may have begun with other adapters
             self._opened_s, self._counts = now_s, {}
             self.clock.at(now_s + run.join_timeout_s, nothing)
         elif kind == "round-planned":
@@ -253,7 +255,7 @@ class Simulation:
         """Accuracy on the test file, and for each device class by the labels that its devices hold."""
         assert self._prepared.test_corpus, "asked for with a test file alone"
         job = {
-            **model_job("evaluate", manifest.spec, manifest.mapped(self.models.store)),
+            **model_job("evaluate", manifest.spec, *self._mapped(manifest)),
             **self.engine.job(cache_folder()),
             "corpus": str(self._prepared.test_corpus),
             "batch_size": self.fleet.config.train.batch_size,
@@ -271,6 +273,10 @@ class Simulation:
             if known:
                 by_class[kind] = round(sum(c * s for c, s in known) / sum(c for c, _ in known), 5)
         return {"accuracy": round(sum(right) / sum(total), 5), "accuracy_of": by_class}
+
+    def _mapped(self, manifest: Manifest) -> tuple[dict[str, MappedTensor], dict[str, MappedTensor], float]:
+        store = self.models.store
+        return manifest.mapped(store), manifest.mapped_adapters(store), manifest.adapter_scale
 
     def _labels_of(self, kind: str) -> list[int]:
         """How many examples of each label the devices of a class hold."""
@@ -322,7 +328,7 @@ class Simulation:
         say("measuring this machine with the model")
         source, settings = _source(manifest, self.models), self.fleet.config.train
         room = memory_budget("auto", hardware.profile(speed=False))
-        what = (source, self.engine, self._prepared.data, settings.optimizer, self.options.threads, cache_folder())
+        what = (source, self.engine, self._prepared.data, settings, self.options.threads, cache_folder())
         return to_plain(calibrate(*what, budget_bytes=room, limit_bytes=room))
 
     def _devices(self, chosen: Sequence[tuple[DeviceClass, float]]) -> list[VirtualDevice]:
@@ -400,9 +406,9 @@ def _prepare(manifest: Manifest, models: Models, options: SimOptions) -> Prepare
     return prepare(checkpoint, options.data, cache, options.reading, test=options.test)
 
 
-def _engine(manifest: Manifest, models: Models, rank: int, say: Callable[[str], None]) -> Engine:
+def _engine(manifest: Manifest, models: Models, say: Callable[[str], None]) -> Engine:
     shipped = models.store.path(manifest.graphs) if manifest.graphs else None
-    return find_engine(_source(manifest, models), EngineOptions(), rank, cache_folder(), say, shipped)
+    return find_engine(_source(manifest, models), EngineOptions(), cache_folder(), say, shipped)
 
 
 def _calibrations(
