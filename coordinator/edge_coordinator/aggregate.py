@@ -8,7 +8,7 @@ one more, and in `apply` one tensor. numpy only; no torch, no network, no ledger
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,8 +110,18 @@ def _fold(spec: ModelSpec, partial: Partial | None, updates: Sequence[Update], o
     return Partial(out, weights)
 
 
-def apply(spec: ModelSpec, partial: Partial, base: Mapping[str, Path], store: BlobStore) -> dict[str, bytes]:
-    """New tensors = base + weighted mean of the deltas; -> the hash of each changed tensor, put into the store."""
+def apply(
+    spec: ModelSpec,
+    partial: Partial,
+    base: Mapping[str, Path],
+    store: BlobStore,
+    step: Callable[[str, Array], Array] = lambda name, mean: mean,
+) -> dict[str, bytes]:
+    """New tensors = base + step(weighted mean of the deltas); -> the hash of each changed tensor, put into the store.
+
+    Args:
+        step: from a tensor's name and mean delta, flat float64, to its change: the server optimizer.
+    """
     import numpy as np
 
     changed: dict[str, bytes] = {}
@@ -122,7 +132,7 @@ def apply(spec: ModelSpec, partial: Partial, base: Mapping[str, Path], store: Bl
             continue
         total = _mapped(partial.path, offsets[tensor.name], tensor.size, "<i8")
         mean = total.astype(np.float64) / (weight * (1 << SCALE_BITS))
-        new = (np.fromfile(base[tensor.name], "<f4").astype(np.float64) + mean).astype("<f4")
+        new = (np.fromfile(base[tensor.name], "<f4").astype(np.float64) + step(tensor.name, mean)).astype("<f4")
         if not np.isfinite(new).all():
             raise ModelError(f"{tensor.name} would not be finite: the model stays as it is")
         changed[tensor.name] = store.put(new.tobytes())

@@ -1,6 +1,6 @@
 """A fleet's folder: fleet.toml, the ledger, the coordinator's own secret, and what is done to them from outside a run.
 
-    fleet.toml  ledger.db  coordinator.secret  store/  updates/  devices/NAME.toml
+    fleet.toml  ledger.db  coordinator.secret  store/  updates/  optimizer/  devices/NAME.toml
 
 Imports config, ledger and models; opens no network.
 """

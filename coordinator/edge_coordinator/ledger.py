@@ -41,6 +41,9 @@ CREATE TABLE IF NOT EXISTS contributions (
 CREATE TABLE IF NOT EXISTS partials (
     run TEXT NOT NULL, round INTEGER NOT NULL, blob BLOB NOT NULL, weights TEXT NOT NULL, members TEXT NOT NULL,
     PRIMARY KEY (run, round));
+CREATE TABLE IF NOT EXISTS optimizer_states (
+    run TEXT NOT NULL, version INTEGER NOT NULL, optimizer TEXT NOT NULL, tensor TEXT NOT NULL, blob BLOB NOT NULL,
+    PRIMARY KEY (run, version, tensor));
 """
 
 
@@ -254,6 +257,24 @@ class Ledger:
         rows = self.models()
         return rows[-1] if rows else None
 
+    # the server optimizer
+
+    def optimizer_states(self, run: str, version: int, optimizer: str) -> dict[str, bytes]:
+        """The blob of each tensor's state as of a model version; nothing of another optimizer or run."""
+        query = "SELECT tensor, blob FROM optimizer_states WHERE run = ? AND version = ? AND optimizer = ?"
+        return {row["tensor"]: row["blob"] for row in self._rows(query, (run, version, optimizer))}
+
+    def set_optimizer_states(self, run: str, version: int, optimizer: str, states: Mapping[str, bytes]) -> None:
+        """The states of a version, in the transaction that publishes it. Those of the version before stay, for a
+        simulation that rewinds to it; older ones go."""
+        self._write("DELETE FROM optimizer_states WHERE version < ?", (version - 1,))
+        for tensor, blob in states.items():
+            self._write("INSERT INTO optimizer_states VALUES (?, ?, ?, ?, ?)", (run, version, optimizer, tensor, blob))
+
+    def optimizer_blobs(self) -> set[bytes]:
+        """Every state that is kept."""
+        return {row["blob"] for row in self._rows("SELECT blob FROM optimizer_states")}
+
     # rounds
 
     def open_round(self, run: str, number: int, base_version: int, deadline: float, now: float) -> None:
@@ -298,6 +319,7 @@ class Ledger:
         """Forget the rounds of a run after `number` and the models they made, for a simulation that goes on from there."""
         for table in ("rounds", "members", "contributions", "partials", "models"):
             self._write(f"DELETE FROM {table} WHERE run = ? AND round > ?", (run, number))
+        self._write("DELETE FROM optimizer_states WHERE version > (SELECT MAX(version) FROM models)")
 
     # members and contributions
 

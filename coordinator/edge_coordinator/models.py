@@ -1,7 +1,7 @@
 """Model versions: importing the first one, publishing the next, exporting any. Names, shapes and bytes; no torch.
 
 Tensors of published versions are blobs in `store/`, which any device of the fleet may fetch; updates are kept apart in
-`updates/`, which no device can read.
+`updates/`, and the server optimizer's states in `optimizer/`, which no device can read.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from edge_coordinator.aggregate import Partial, Update, apply, fold
 from edge_coordinator.config import ModelSection
 from edge_coordinator.ledger import Contribution, Ledger, ModelRow
+from edge_coordinator.server_optimizer import ServerOptimizer, ServerSettings
 from edge_runtime.errors import ModelError, StoreError, UsageError, WireError
 from edge_runtime.graphs.find import find_graphs
 from edge_runtime.manifest import Manifest, decode_manifest, encode_manifest, make_manifest
@@ -30,6 +31,7 @@ class Models:
         self.ledger = ledger
         self.store = BlobStore(folder / "store")
         self.updates = BlobStore(folder / "updates")
+        self.states = BlobStore(folder / "optimizer")  # of the server optimizer; no device can read these either
 
     def import_first(self, section: ModelSection, now: float, progress: Callable[[str], None]) -> Manifest:
         """Version 1: the base checkpoint with a head for the fleet's labels, cut into blobs."""
@@ -133,10 +135,16 @@ class Models:
             self.updates.delete(done)
         return Partial(self.updates.path(blob), made.weights)
 
-    def next_version(self, base: Manifest, base_blob: bytes, partial: Partial, method: str) -> tuple[Manifest, bytes]:
+    def optimizer(self, run: str, version: int, settings: ServerSettings) -> ServerOptimizer:
+        """The server optimizer with its states of a model version: none of another optimizer or another run."""
+        return ServerOptimizer(settings, self.ledger.optimizer_states(run, version, settings.name), self.states)
+
+    def next_version(
+        self, base: Manifest, base_blob: bytes, partial: Partial, method: str, optimizer: ServerOptimizer
+    ) -> tuple[Manifest, bytes]:
         """The model after a round: changed tensors as new blobs, and the manifest; not yet in the ledger."""
         paths = {t.name: self.store.path(t.blob) for t in base.tensors}
-        changed = apply(base.spec, partial, paths, self.store)
+        changed = apply(base.spec, partial, paths, self.store, optimizer.step)
         blobs = {t.name: changed.get(t.name, t.blob) for t in base.tensors}
         manifest = make_manifest(
             base.spec,
@@ -159,6 +167,7 @@ class Models:
                 wanted |= {row.manifest, *self.manifest(row).blobs()}
         self.store.keep_only(wanted)
         self.updates.keep_only(self.ledger.live_blobs())
+        self.states.keep_only(self.ledger.optimizer_blobs())
 
     def _kept(self) -> Sequence[ModelRow]:
         """The versions whose tensors are kept."""

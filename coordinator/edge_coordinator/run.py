@@ -52,6 +52,7 @@ class Run:
         admit = min(MAX_MEMBERS, math.ceil(config.run.goal * config.run.overselection))
         timeouts = (config.run.join_timeout_s, config.run.report_timeout_s)
         self.rules = rounds.Rules(config.run.goal, config.run.quorum, admit, *timeouts)
+        self._server = config.run.server_settings
         self._deadline = now  # of the newest round's phase, by the server's clock
         self.epoch = self._resume(now)
 
@@ -167,13 +168,15 @@ class Run:
         partial = self.models.fold(self.name, state.number, self.manifest, committed)
         assert partial is not None, "a round closes with at least one contribution"
         method = self.config.run.method
-        manifest, blob = self.models.next_version(self.manifest, self.manifest_blob, partial, method)
+        optimizer = self.models.optimizer(self.name, self.manifest.version, self._server)
+        manifest, blob = self.models.next_version(self.manifest, self.manifest_blob, partial, method, optimizer)
         examples = sum(c.num_examples for c in committed.values())
         loss = sum(c.num_examples * c.metrics["last_loss"] for c in committed.values()) / examples
         metrics = {"members": sorted(committed), "num_examples": examples, "mean_loss": round(loss, 5)}
         with self.ledger.transaction():
             self._end_round(self.name, state.number, "closing", "published")
             self.ledger.add_model(manifest.version, blob, self.name, state.number, metrics, time.time())
+            self.ledger.set_optimizer_states(self.name, manifest.version, self._server.name, optimizer.states)
         self.manifest, self.manifest_blob = manifest, blob
         self._emit({"event": "round-published", "round": state.number, "model_version": manifest.version, **metrics})
         return self._ended("published")

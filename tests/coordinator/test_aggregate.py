@@ -30,6 +30,7 @@ from edge_coordinator.aggregate import (
 )
 from edge_coordinator.ledger import Contribution, Ledger
 from edge_coordinator.models import Models
+from edge_coordinator.server_optimizer import ServerSettings
 from edge_runtime import encoding
 from edge_runtime.codecs import CODECS, unpacked, update_bytes
 from edge_runtime.errors import ModelError, StoreError
@@ -419,7 +420,7 @@ def test_a_device_counts_once_however_often_and_in_whatever_pieces_its_update_co
     assert stored is not None
     assert stored[2] == sorted(u.device for u in updates)
     assert models.updates.used_bytes() == partial.path.stat().st_size, "what is folded is deleted"
-    new, _ = models.next_version(manifest, manifest_blob, partial, "caff")
+    new, _ = models.next_version(manifest, manifest_blob, partial, "caff", models.optimizer("run", 1, ServerSettings()))
     trained = {t.name for update in updates for t in SPEC.suffix(update.depth)}
     assert {t.name for old, t in zip(manifest.tensors, new.tensors, strict=True) if old.blob != t.blob} == trained
     assert (new.version, new.method, new.parent) == (2, "caff", manifest_blob)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from edge_coordinator.config import CONFIG_FILE, BrokerSection, ModelSection, RunSection, load_config
 from edge_coordinator.fleet import init
 from edge_coordinator.methods import METHODS
+from edge_coordinator.server_optimizer import ServerSettings
 from edge_runtime.errors import UsageError
 from edge_runtime.records import TrainSettings
 from edge_runtime.wire import Round, decode, encode
@@ -120,6 +121,13 @@ def test_the_commented_file_that_init_writes_has_every_key_at_its_default(tmp_pa
         assert method in text
 
 
+@pytest.mark.parametrize(("name", "own"), [("fedavg", 1.0), ("fedavgm", 1.0), ("fedadam", 0.003), ("fedyogi", 0.003)])
+def test_a_server_optimizer_has_a_rate_of_its_own_that_may_be_replaced(tmp_path: Path, name: str, own: float) -> None:
+    text = LEAST + f'[run]\nserver_optimizer = "{name}"\nserver_beta2 = 0.5\n'
+    assert load_config(write(tmp_path, text)).run.server_settings == ServerSettings(name, own, 0.9, 0.5, 1e-3)
+    assert load_config(write(tmp_path, text + "server_learning_rate = 2\n")).run.server_settings.learning_rate == 2.0
+
+
 WRONG = [
     ("model", "base", "5", "[model] base must be str"),
     ("model", "labels", '"yes"', "[model] labels must be a list of texts"),
@@ -151,6 +159,11 @@ WRONG = [
     ("run", "report_timeout_s", "1" + "0" * 400, "[run] report_timeout_s must be a finite number"),
     ("run", "pause_s", "-1", "[run] pause_s must be"),
     ("run", "pause_s", '"1m"', "[run] pause_s must be a finite number, it is '1m'"),
+    ("run", "server_optimizer", '"adam"', "[run] server_optimizer must be one of fedavg, fedavgm, fedadam, fedyogi"),
+    ("run", "server_learning_rate", "-1", "[run] server_learning_rate must be from 0 to 100"),
+    ("run", "server_momentum", "1", "[run] server_momentum must be from 0 to 0.9999"),
+    ("run", "server_beta2", "1.0", "[run] server_beta2 must be from 0 to 0.9999"),
+    ("run", "server_tau", "0", "[run] server_tau must be from 1e-12 to 1, it is 0.0"),
     ("train", "epochs", "0", "epochs must be from 1 to 1000"),
     ("train", "batch_size", "5000", "batch_size must be from 1 to 4096"),
     ("train", "learning_rate", "nan", "[train] learning_rate must be a finite number"),

@@ -52,8 +52,8 @@ class World:
         path = init(
             self.folder / name, name="test", base=str(self.model), labels=LABELS, max_length=32, rounds=rounds, goal=goal, quorum=quorum, seed=3
         )  # fmt: skip
-        if timeout_s:
-            path.write_text(path.read_text().replace("report_timeout_s = 3600.0", f"report_timeout_s = {timeout_s}"))
+        text = path.read_text().replace('server_optimizer = "fedavg"', 'server_optimizer = "fedadam"')  # as in `fleets`
+        path.write_text(text.replace("report_timeout_s = 3600.0", f"report_timeout_s = {timeout_s or 3600.0}"))
         return path.parent
 
     def options(self, **changes: Any) -> SimOptions:
