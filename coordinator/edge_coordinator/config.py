@@ -245,6 +245,7 @@ optimizer = "adamw"           # adamw8bit, momentum and sgd need less memory
 lora_rank = 0                 # above 0 devices train LoRA adapters of this rank, without torch only
 adapter_learning_rate = 0.002
 codec = "f32"                 # of updates: f32, f16, int8, int4, topk10, topk1; "auto": the finest within a device's --upload
+proximal_mu = 0.0             # above 0: FedProx, which holds local weights near those of the round's start
 seed = {seed}
 
 [broker]

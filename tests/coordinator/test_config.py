@@ -169,6 +169,8 @@ WRONG = [
     ("train", "learning_rate", "nan", "[train] learning_rate must be a finite number"),
     ("train", "learning_rate", "-1", "learning_rate must be from 0 to 10"),
     ("train", "optimizer", '"lion"', "optimizer must be one of adamw, adamw8bit"),
+    ("train", "proximal_mu", "-0.1", "proximal_mu must be from 0 to 1000.0, it is -0.1"),
+    ("train", "proximal_mu", "nan", "[train] proximal_mu must be a finite number"),
     ("train", "seed", "-1", "seed must be from 0"),
     ("train", "seed", str(1 << 63), "seed must be from 0"),
     ("broker", "kind", '"mosquitto"', "[broker] kind must be embedded or external"),
