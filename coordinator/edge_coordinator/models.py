@@ -117,11 +117,10 @@ class Models:
             raise _damaged(manifest.version, wrong[0] + more)
 
     def fold(self, run: str, number: int, base: Manifest, committed: Mapping[str, Contribution]) -> Partial | None:
-        """Add every committed update that is not in the partial sum yet; sum, weights and members in one transaction."""
+        """Add the committed updates that are not in the partial sum yet; the sum and who is in it in one transaction."""
         found = self.ledger.partial(run, number)
         old_blob = found[0] if found else None
         partial = Partial(self.updates.path(found[0]), found[1]) if found else None
-        members = found[2] if found else []
         fresh = [c for c in committed.values() if not c.folded]
         if not fresh:
             return partial
@@ -130,7 +129,7 @@ class Models:
         made = fold(base.spec, partial, updates, draft)
         blob = self.updates.adopt(draft)
         with self.ledger.transaction():
-            self.ledger.set_partial(run, number, blob, made.weights, sorted([*members, *(c.device for c in fresh)]))
+            self.ledger.set_partial(run, number, blob, made.weights, [c.device for c in fresh])
         for done in {c.blob for c in fresh} | ({old_blob} if old_blob and old_blob != blob else set()):
             self.updates.delete(done)
         return Partial(self.updates.path(blob), made.weights)

@@ -17,9 +17,10 @@ from typing import Any
 from edge_coordinator import rounds
 from edge_coordinator.aggregate import MAX_MEMBERS
 from edge_coordinator.config import FleetConfig
-from edge_coordinator.ledger import Ledger, Member
+from edge_coordinator.ledger import Contribution, Ledger, Member
 from edge_coordinator.methods import configure_train
 from edge_coordinator.models import Models
+from edge_coordinator.tally import Tally
 from edge_runtime.cost import DataShape
 from edge_runtime.errors import StoreError
 from edge_runtime.manifest import Manifest
@@ -53,6 +54,7 @@ class Run:
         timeouts = (config.run.join_timeout_s, config.run.report_timeout_s)
         self.rules = rounds.Rules(config.run.goal, config.run.quorum, admit, *timeouts)
         self._server = config.run.server_settings
+        self._tally: Tally | None = None  # of the newest round
         self._deadline = now  # of the newest round's phase, by the server's clock
         self.epoch = self._resume(now)
 
@@ -67,23 +69,11 @@ class Run:
         last = self.ledger.last_round(self.name)
         if last is None:
             return None
-        members = self.ledger.members(self.name, last["round"]).values()
-        committed = self.ledger.contributions(self.name, last["round"])
-        revoked = self.ledger.revoked()
-        return rounds.RoundState(
-            last["round"],
-            last["state"],
-            self._deadline,
-            joined=sum(m.status in ("joined", "planned") for m in members),
-            unable=sum(m.status in ("unable", "excluded") for m in members),
-            planned=sum(m.plan is not None for m in members),
-            committed=len(committed),
-            present=present,
-            gave_up=sum(
-                m.plan is not None and m.device not in committed and (m.status == "gave-up" or m.device in revoked)
-                for m in members
-            ),
-        )
+        if self._tally is None or self._tally.number != last["round"]:
+            members = self.ledger.members(self.name, last["round"]).values()
+            self._tally = Tally(last["round"], members, self.ledger.contributions(self.name, last["round"]))
+        counts = self._tally.counts(self.ledger.revoked())
+        return rounds.RoundState(last["round"], last["state"], self._deadline, present=present, **counts)
 
     def advance(self, now: float, present: int) -> str:
         """Do what is due; -> "opened", "planned", "published", "failed", or "" when nothing was."""
@@ -103,6 +93,16 @@ class Run:
         """Write one member, durably."""
         with self.ledger.transaction():
             self.ledger.set_member(self.name, number, member)
+        if self._tally and self._tally.number == number:
+            self._tally.member(member)
+
+    def contribute(self, number: int, item: Contribution) -> bool:
+        """Commit an update, durably; False if this device's is in already."""
+        with self.ledger.transaction():
+            fresh = self.ledger.contribute(self.name, number, item, time.time())
+        if self._tally and self._tally.number == number:
+            self._tally.commit(item.device)
+        return fresh
 
     def _resume(self, now: float) -> int:
         """Take up where the ledger stands: one epoch more, and an open phase gets its time again."""
@@ -155,6 +155,7 @@ class Run:
             self.ledger.move_round(self.name, state.number, "joining", "collecting", until, today)
             for member in planned:
                 self.ledger.set_member(self.name, state.number, member)
+        self._tally = None  # taken up anew
         self._deadline = after.deadline
         counts = {"planned": after.planned, "members": len(members)}
         self._emit({"event": "round-planned", "round": state.number, **counts})

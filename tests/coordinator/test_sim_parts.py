@@ -282,9 +282,9 @@ def test_a_line_that_a_kill_cut_off_is_no_line(folder: Path) -> None:
     with (folder / "rounds.jsonl").open("ab") as file:
         file.write(b'{"round": 3, "st')
     results = Results(folder)
-    assert results.rounds == ROUNDS
+    assert list(results.rows()) == ROUNDS
     results.add({"round": 3, "devices": []})
-    assert [row["round"] for row in Results(folder).rounds] == [0, 1, 2, 3]
+    assert [row["round"] for row in Results(folder).rows()] == [0, 1, 2, 3]
 
 
 def test_other_settings_are_refused_and_the_same_keep_their_calibration(folder: Path) -> None:

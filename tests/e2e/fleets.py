@@ -99,7 +99,6 @@ class Fleet:
             .replace("report_timeout_s = 3600.0", f"report_timeout_s = {report_timeout_s}")
             .replace("epochs = 1", f"epochs = {epochs}")
             .replace('codec = "f32"', f'codec = "{codec}"')
-            .replace('server_optimizer = "fedavg"', 'server_optimizer = "fedadam"')  # one whose state a crash may hurt
         )
         path.write_text(
             text.replace('kind = "embedded"', f'kind = "{"embedded" if broker == "embedded" else "external"}"')

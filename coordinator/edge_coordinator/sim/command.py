@@ -6,6 +6,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from edge_coordinator.sim import ENGINES
 from edge_coordinator.sim.classes import BUILT_IN
 from edge_coordinator.sim.partition import HELP
 from edge_runtime.console import INTERRUPTED, Commands, new_parser, note, print_json, until_told_to_stop
@@ -54,6 +55,12 @@ def add_sim(commands: Commands) -> None:
     sim.add_argument("--skip-bad-rows", action="store_true", help="leave out rows that cannot be used")
     sim.add_argument("--threads", type=int, default=1, help="of one training (%(default)s)")
     sim.add_argument("--workers", type=int, help="trainings at a time (default: one for each core)")
+    sim.add_argument(
+        "--engine",
+        default="local",
+        choices=ENGINES,
+        help="where trainings run: this machine, or Ray's cluster (%(default)s)",
+    )
     sim.set_defaults(run=run_sim)
     nested = sim.add_subparsers(metavar="[compare]", title="commands")
     compare = _parser(
@@ -73,19 +80,18 @@ def run_sim(args: argparse.Namespace) -> int:
     """Simulate the run of fleet.toml to its end, or on from where it was left."""
     if args.data is None:
         raise UsageError("--data is missing: the labelled texts that are divided over the devices")
+    from edge_coordinator.config import load_config
+    from edge_coordinator.sim.making import SimOptions
     from edge_coordinator.sim.progress import Progress
-    from edge_coordinator.sim.simulation import SimOptions, Simulation
-    from edge_runtime.hardware import usable_cores
+    from edge_coordinator.sim.simulation import Simulation
     from edge_runtime.local import DataOptions
 
     bad_rows = "skip" if args.skip_bad_rows else "error"
     options = SimOptions(
         data=args.data, test=args.test, devices=args.devices, classes=args.classes, class_file=args.class_file, partition=args.partition,
-        dropout=args.dropout, evaluate_every=args.evaluate_every, threads=args.threads,
-        workers=max(1, usable_cores() // max(1, args.threads)) if args.workers is None else args.workers,
+        dropout=args.dropout, evaluate_every=args.evaluate_every, threads=args.threads, workers=args.workers, engine=args.engine,
         reading=DataOptions(args.text_column, args.label_column, args.encoding, bad_rows),
     )  # fmt: skip
-    from edge_coordinator.config import load_config
 
     rounds = load_config(args.fleet).run.rounds
     with lock_folder(args.fleet, "a coordinator"), until_told_to_stop() as keep_going:

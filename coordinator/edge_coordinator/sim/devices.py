@@ -22,6 +22,8 @@ from edge_coordinator.sim.classes import DeviceClass
 from edge_coordinator.sim.clock import Clock
 from edge_coordinator.sim.data import cut
 from edge_coordinator.sim.pool import Pool
+from edge_coordinator.sim.residuals import Residuals
+from edge_runtime.codecs import CODECS
 from edge_runtime.cost import Calibration, DataShape
 from edge_runtime.engine import Engine
 from edge_runtime.errors import DoesNotFit
@@ -110,6 +112,7 @@ class VirtualFleet:
         corpus: Corpus,
         store: BlobStore,
         updates: BlobStore,
+        residuals: Residuals,
         seed: int,
         dropout: float,
         threads: int,
@@ -121,6 +124,7 @@ class VirtualFleet:
         self.downloads = Downloads()
         self.rows: dict[str, dict[str, Any]] = {}
         self._plans, self._engine, self._corpus, self._store, self._updates = plans, engine, corpus, store, updates
+        self._residuals = residuals
         self._seed, self._dropout, self._threads = seed, dropout, threads
         self._round: Round | None = None
         self._manifest: Manifest | None = None
@@ -152,6 +156,15 @@ class VirtualFleet:
         rows = [self.rows[name] for name in sorted(self.rows)]
         self.rows, self._round = {}, None
         return rows
+
+    def recall(self, last: Mapping[str, Any]) -> None:
+        """What was left undone of the last round in the results, if a kill came between."""
+        self._residuals.settle(last["devices"], lambda device: self.pool.residual(work_name(last["round"], device)))
+
+    def settle(self, number: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A round is in the results: what its updates left out is kept from now on, and its trainings are forgotten."""
+        self._residuals.settle(rows, lambda device: self.pool.residual(work_name(number, device)))
+        self.pool.end_round()
 
     # a round
 
@@ -222,7 +235,12 @@ class VirtualFleet:
     def _job(self, device: VirtualDevice, grant: Grant, manifest: Manifest, scratch: Path) -> Mapping[str, Any]:
         """As `Session.job`, for a part of the one data set."""
         cut(self._corpus, device.part, scratch / "corpus")
+        feedback = {}
+        if CODECS[grant.plan.chosen.codec].sparse:
+            draft = self.pool.residual(_work(grant, device))
+            feedback["residual"] = self._residuals.job(device.name, draft, grant.run, grant.round, manifest)
         return {
+            **feedback,
             "plan": to_plain(grant.plan),
             "smaller": [],
             **model_job("train", manifest.spec, manifest.mapped(self._store)),
@@ -294,8 +312,12 @@ class VirtualFleet:
 
 
 def _work(grant: Grant, device: VirtualDevice) -> str:
+    return work_name(grant.round, device.name)
+
+
+def work_name(round_: int, device: str) -> str:
     """What a training is called on disk."""
-    return f"{grant.round}.{device.name}"
+    return f"{round_}.{device}"
 
 
 def chance(seed: int, *what: object) -> float:
