@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -58,7 +60,10 @@ class RayEngine:
         """
         self._ray = ray = require("ray", extra="ray")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        told_to_stop = signal.getsignal(signal.SIGTERM)
         ray.init(ignore_reinit_error=True, logging_level=logging.ERROR, log_to_driver=False)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, told_to_stop)  # Ray has its own, which loses the round
         self.workers = max(1, int(ray.cluster_resources().get("CPU", 1)) // threads)
         self._threads = threads
         self._task = ray.remote(run_job).options(num_cpus=threads)
