@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_coordinator.sim.choose import Candidate, best, described
 from edge_coordinator.sim.classes import BUILT_IN, deal, parse_shares, read_classes
 from edge_coordinator.sim.clock import Clock
 from edge_coordinator.sim.compare import plot, summarise, text_table
@@ -210,6 +211,25 @@ def test_memory_does_not_depend_on_the_class() -> None:
     rows = [cost(SPEC, DATA, TrainSettings(), c, 2, False, 8) for c in (HERE, slow)]
     assert rows[0].peak_bytes == rows[1].peak_bytes
     assert rows[1].step_s == pytest.approx(100 * rows[0].step_s)
+
+
+# the choice among networks
+
+
+def test_the_network_of_which_the_devices_train_most_blocks_is_chosen_and_of_equals_the_deeper() -> None:
+    small, large = Candidate("l3", 3, {"a": 3, "b": 2}), Candidate("l6", 6, {"a": 6, "b": 1})
+    assert best([small, large]) is large
+    assert best([small, Candidate("l6", 6, {"a": 3, "b": 1})]) is small
+    assert best([Candidate("l6", 6, {"a": 4, "b": 1}), small]) == Candidate("l6", 6, {"a": 4, "b": 1}), "a tie"
+
+
+def test_a_network_of_which_some_device_cannot_train_a_block_is_not_chosen() -> None:
+    large, small = Candidate("l6", 6, {"a": 6, "b": 6, "c": 0}), Candidate("l3", 3, {"a": 1, "b": 1, "c": 1})
+    assert best([large, small]) is small
+    assert best([large]) is best([]) is None
+    rows = described([large, small])
+    assert [row["chosen"] for row in rows] == [False, True]
+    assert (rows[0]["mean_depth"], rows[0]["least_depth"], rows[0]["devices_by_depth"]) == (4.0, 0, {"0": 1, "6": 2})
 
 
 # downloads

@@ -31,7 +31,7 @@ from edge_runtime.local import DataOptions, read_shape
 from edge_runtime.store import cache_folder
 from edge_runtime.training.corpus import Corpus, build_corpus
 from tests.e2e.conftest import Reference
-from tests.e2e.fleets import LABELS, write_data
+from tests.e2e.fleets import LABELS, tiny_model, write_data
 
 CLASSES = '[here]\nmemory = "2GB"\n[slow]\nmemory = "1GB"\ngflops = 0.5\nuplink = 1000\n[shy]\nmemory = "2GB"\ngflops = 1\navailability = 0.5\n'
 
@@ -373,3 +373,25 @@ def test_a_simulations_folder_is_no_fleets(undisturbed: Path, capsys: pytest.Cap
     for command in (["serve"], ["enroll", "pi-1"], ["broker"]):
         assert main([*command, "--fleet", str(undisturbed)]) == UsageError.exit_code
         assert "is a simulation's" in capsys.readouterr().err
+
+
+def test_the_choice_among_networks_goes_by_what_the_devices_can_train(
+    world: World, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shallow = tiny_model(tmp_path / "shallow", blocks=1)
+    classes = tmp_path / "classes.toml"
+    classes.write_text('[any]\nmemory = "2GB"\n[narrow]\nmemory = "2GB"\nupload = "45KB"\n')
+    command = [
+        "sim",
+        "choose",
+        str(shallow),
+        str(model),
+        "--fleet",
+        str(world.fleet("choose")),
+        "--data",
+        str(world.data),
+    ]
+    options = ["--devices", "4", "--classes", "any,narrow", "--class-file", str(classes), "--json"]
+    assert main([*command, *options]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["mean_depth"], row["chosen"]) for row in rows] == [(1.0, False), (1.5, True)]
