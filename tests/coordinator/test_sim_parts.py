@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from edge_coordinator.sim.choose import Candidate, best, described
-from edge_coordinator.sim.classes import BUILT_IN, deal, parse_shares, read_classes
+from edge_coordinator.sim.classes import BUILT_IN, OwnBudget, deal, parse_shares, read_budgets, read_classes
 from edge_coordinator.sim.clock import Clock
 from edge_coordinator.sim.compare import plot, summarise, text_table
 from edge_coordinator.sim.data import packed
@@ -25,7 +25,7 @@ from edge_models import bert
 from edge_runtime.cost import Calibration, DataShape, cost
 from edge_runtime.errors import MissingExtra, UsageError
 from edge_runtime.manifest import make_manifest
-from edge_runtime.records import TrainSettings
+from edge_runtime.records import Budget, TrainSettings
 
 CONFIG = {
     "model_type": "bert", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 256, "vocab_size": 100,
@@ -211,6 +211,18 @@ def test_memory_does_not_depend_on_the_class() -> None:
     rows = [cost(SPEC, DATA, TrainSettings(), c, 2, False, 8) for c in (HERE, slow)]
     assert rows[0].peak_bytes == rows[1].peak_bytes
     assert rows[1].step_s == pytest.approx(100 * rows[0].step_s)
+
+
+def test_a_device_may_have_budgets_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "classes.toml"
+    file.write_text('[mine]\nmemory = "1GB"\ntime = "10m"\n[device-3]\nupload = "5MB"\ntime = "9s"\n')
+    mine, own = read_classes(file)["mine"], read_budgets(file)
+    assert "device-3" not in read_classes(file)
+    assert own["device-3"].instead_of(mine) == Budget(10**9, 9.0, 5_000_000)
+    assert OwnBudget().instead_of(mine) == Budget(10**9, 600.0, None)
+    file.write_text("[device-3]\ngflops = 5\n")
+    with pytest.raises(UsageError, match=r"\[device-3\] has no 'gflops'; a device has memory, time, upload"):
+        read_budgets(file)
 
 
 # the choice among networks

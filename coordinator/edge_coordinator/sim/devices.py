@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_coordinator.sim.classes import DeviceClass
+from edge_coordinator.sim.classes import DeviceClass, OwnBudget
 from edge_coordinator.sim.clock import Clock
 from edge_coordinator.sim.data import cut
 from edge_coordinator.sim.pool import Pool
@@ -52,8 +52,14 @@ class VirtualDevice:
     part: array[int]  # indices of its examples
     data: DataShape
     uplink_bytes_per_s: float
+    own: OwnBudget | None = None
     held: int = 0  # the newest model version that it holds whole
     online: bool = False
+
+    @property
+    def budget(self) -> Budget:
+        """Its own, or its class's."""
+        return (self.own or OwnBudget()).instead_of(self.kind)
 
 
 @dataclass
@@ -66,8 +72,7 @@ class Plans:
 
     def table(self, device: VirtualDevice, settings: TrainSettings) -> tuple[tuple[CostRow, ...], Budget]:
         """The device's cost table and its budgets."""
-        budget = Budget(device.kind.memory_bytes, device.kind.time_s, device.kind.upload_bytes)
-        calibration = self.calibrations[device.kind.name]
+        budget, calibration = device.budget, self.calibrations[device.kind.name]
         return tuple(cost_table(self.spec, device.data, settings, calibration, budget, self.cached)), budget
 
 
@@ -258,7 +263,9 @@ class VirtualFleet:
         report = trained.report
         if report is None:  # as an agent gives its plan back
             row |= {"status": "gave-up", "reason": trained.failure}
-            join = Join(grant.run, grant.round, BOOT, 0, Budget(device.kind.memory_bytes), (), 0, trained.failure[:500])
+            join = Join(
+                grant.run, grant.round, BOOT, 0, Budget(device.budget.memory_bytes), (), 0, trained.failure[:500]
+            )
             self._send(device, "join", join)
             return
         num_bytes = trained.update.stat().st_size

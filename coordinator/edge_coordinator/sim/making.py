@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_coordinator.sim import ENGINES
-from edge_coordinator.sim.classes import DeviceClass, deal, parse_shares, read_classes
+from edge_coordinator.sim.classes import DeviceClass, deal, parse_shares, read_budgets, read_classes
 from edge_coordinator.sim.data import packed, read_column, shape_of
 from edge_coordinator.sim.devices import VirtualDevice, chance
 from edge_coordinator.sim.partition import divide, parse_partition
@@ -96,11 +96,11 @@ def make_devices(options: SimOptions, labels: Sequence[str], corpus: Corpus, see
         return deal(options.kinds, number, order)
 
     parts, kinds = divide(partition, of_example, groups, options.devices, seed, classes_of)
-    devices = []
+    devices, own = [], read_budgets(options.class_file)
     for number, (part, kind) in enumerate(zip(parts, kinds, strict=True)):
         name, (low, high) = f"device-{number}", kind.uplink_bytes_per_s
         uplink = low + (high - low) * chance(seed, "uplink", name)
-        devices.append(VirtualDevice(name, kind, packed(part), shape_of(corpus, part), uplink))
+        devices.append(VirtualDevice(name, kind, packed(part), shape_of(corpus, part), uplink, own.get(name)))
     return devices
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from edge_coordinator.fleet import SIMULATED, Fleet
 from edge_coordinator.models import Models
 from edge_coordinator.server import Server
-from edge_coordinator.sim.classes import DeviceClass
+from edge_coordinator.sim.classes import DeviceClass, read_budgets
 from edge_coordinator.sim.clock import Clock, nothing
 from edge_coordinator.sim.devices import Plans, VirtualDevice, VirtualFleet
 from edge_coordinator.sim.making import SimOptions, calibrated, calibrations, check_options, make_devices
@@ -279,6 +279,7 @@ class Simulation:
             "devices": options.devices,
             "classes": options.classes,
             "figures": {kind.name: to_plain(kind) for kind in kinds},
+            "budgets": {name: to_plain(own) for name, own in read_budgets(options.class_file).items()},
             "partition": options.partition,
             "dropout": options.dropout,
             "evaluate_every": options.evaluate_every,
