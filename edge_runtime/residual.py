@@ -106,7 +106,8 @@ class ErrorFeedback:
         self._file: IO[bytes] | None = None
         with contextlib.suppress(OSError, WireError, ValueError, RecursionError):
             self._file = kept.open("rb")
-            self._places = _places(self._file, line, round_)
+            found = _places(self._file, line, round_)  # an adapter of another rank than before has nothing to add
+            self._places = {n: place for n, place in found.items() if sizes.get(n, place[1]) == place[1]}
         self._others = [name for name in self._places if name not in sizes]
         names = (*sizes, *self._others)
         counts = tuple(sizes[n] if n in sizes else self._places[n][1] for n in names)

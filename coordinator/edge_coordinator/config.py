@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_coordinator.server_optimizer import OWN_RATES, SERVER_OPTIMIZERS, ServerSettings
+from edge_runtime.codecs import AUTO, CODECS
 from edge_runtime.errors import UsageError
 from edge_runtime.planner import check_settings
 from edge_runtime.records import TrainSettings
@@ -120,7 +121,7 @@ def load_config(folder: Path) -> FleetConfig:
         folder=folder,
     )
     _check(config, path)
-    return config
+    return dataclasses.replace(config, train=_adapters(config, path))
 
 
 def _section(cls: type[Any], raw: dict[str, Any], name: str, path: Path) -> Any:
@@ -207,6 +208,32 @@ def _check_server(run: RunSection, path: Path) -> None:
             raise UsageError(f"{path}: [run] {key} must be from {low:g} to {high:g}, it is {getattr(run, key)}")
 
 
+def _adapters(config: FleetConfig, path: Path) -> TrainSettings:
+    """The settings with a rank where the method trains adapters.
+
+    Raises:
+        UsageError: a rank for a method that trains none, or a codec that does not suit the method.
+    """
+    from edge_coordinator.methods import DEFAULT_RANK, METHODS
+
+    name, train = config.run.method, config.train
+    method = METHODS[name]
+    if not method.adapters:
+        if train.lora_rank:
+            known = ", ".join(n for n, m in METHODS.items() if m.adapters)
+            raise UsageError(
+                f"{path}: [train] lora_rank must be 0 with the method {name}: adapters are trained by {known}"
+            )
+        return train
+    if method.remakes_adapters and (train.codec == AUTO or CODECS[train.codec].sparse):
+        dense = ", ".join(n for n, codec in CODECS.items() if not codec.sparse)
+        raise UsageError(
+            f"{path}: [train] codec must be one of {dense} with the method {name}, it is {train.codec!r}: what an update "
+            "leaves out would be added to adapters that are made anew each round"
+        )
+    return dataclasses.replace(train, lora_rank=train.lora_rank or DEFAULT_RANK)
+
+
 TEMPLATE = """\
 # A fleet of edge-runtime devices. `edge-coordinator serve` in this folder runs it.
 
@@ -242,10 +269,12 @@ learning_rate = {learning_rate}
 head_learning_rate = {head_learning_rate}
 weight_decay = 0.01
 optimizer = "adamw"           # adamw8bit, momentum and sgd need less memory
-lora_rank = 0                 # above 0 devices train LoRA adapters of this rank, without torch only
+lora_rank = 0                 # of the methods with LoRA adapters, the largest; 0 is 8 with them
+lora_alpha = 16.0             # adapters count lora_alpha / lora_rank times
+lora_targets = []             # layers that have adapters, such as "q", "v"; none named: all
 adapter_learning_rate = 0.002
-codec = "f32"                 # of updates: f32, f16, int8, int4, topk10, topk1; "auto": the finest within a device's --upload
 proximal_mu = 0.0             # above 0: FedProx, which holds local weights near those of the round's start
+codec = "f32"                 # of updates: f32, f16, int8, int4, topk10, topk1; "auto": the finest within a device's --upload
 seed = {seed}
 
 [broker]

@@ -18,7 +18,7 @@ from typing import Any
 from edge_runtime.errors import StoreError, UsageError
 from edge_runtime.store import disk_errors
 
-VERSION = 2  # 1 had no codec with a contribution
+VERSION = 3  # 1 had no codec with a contribution, 2 no state of a method
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS devices (
@@ -38,6 +38,8 @@ CREATE TABLE IF NOT EXISTS contributions (
     depth INTEGER NOT NULL, metrics TEXT NOT NULL, committed_at REAL NOT NULL, folded INTEGER NOT NULL DEFAULT 0,
     codec TEXT NOT NULL DEFAULT 'f32',
     PRIMARY KEY (run, round, device));
+CREATE TABLE IF NOT EXISTS method_states (
+    run TEXT NOT NULL, round INTEGER NOT NULL, method TEXT NOT NULL, state TEXT NOT NULL, PRIMARY KEY (run, round));
 CREATE TABLE IF NOT EXISTS partials (
     run TEXT NOT NULL, round INTEGER NOT NULL, blob BLOB NOT NULL, weights TEXT NOT NULL, members TEXT NOT NULL,
     PRIMARY KEY (run, round)); -- members: empty now, contributions.folded says who is in
@@ -120,15 +122,16 @@ class Ledger:
     def _prepare(self, path: Path) -> None:
         known = self._rows("SELECT name FROM sqlite_master WHERE name = 'meta'")
         found = self.get("schema") if known else str(VERSION)
-        if found not in (None, "1", str(VERSION)):
+        if found not in (None, "1", "2", str(VERSION)):
             raise StoreError(
                 f"{path} is of schema {found}, this coordinator writes {VERSION}: use the version that made it"
             )
         with _sqlite_errors():
             self._db.executescript(SCHEMA)
-        if found == "1":
+        if found in ("1", "2"):
             with self.transaction():
-                self._write("ALTER TABLE contributions ADD COLUMN codec TEXT NOT NULL DEFAULT 'f32'")
+                if found == "1":
+                    self._write("ALTER TABLE contributions ADD COLUMN codec TEXT NOT NULL DEFAULT 'f32'")
                 self.put("schema", str(VERSION))
         if self.get("schema") is None:
             self.put("schema", str(VERSION))
@@ -319,9 +322,23 @@ class Ledger:
 
     def rewind(self, run: str, number: int) -> None:
         """Forget the rounds of a run after `number` and the models they made, for a simulation that goes on from there."""
-        for table in ("rounds", "members", "contributions", "partials", "models"):
+        for table in ("rounds", "members", "contributions", "partials", "models", "method_states"):
             self._write(f"DELETE FROM {table} WHERE run = ? AND round > ?", (run, number))
         self._write("DELETE FROM optimizer_states WHERE version > (SELECT MAX(version) FROM models)")
+
+    # what a method remembers
+
+    def method_state(self, run: str, method: str) -> dict[str, Any]:
+        """The newest state of a run's method; {} if it has none, or if the run's method was another one then."""
+        rows = self._rows("SELECT * FROM method_states WHERE run = ? ORDER BY round DESC LIMIT 1", (run,))
+        state: dict[str, Any] = json.loads(rows[0]["state"]) if rows and rows[0]["method"] == method else {}
+        return state
+
+    def set_method_state(self, run: str, number: int, method: str, state: Mapping[str, Any]) -> None:
+        """The state as of a round: call within the transaction of what it belongs to. Those of earlier rounds stay."""
+        self._write(
+            "INSERT OR REPLACE INTO method_states VALUES (?, ?, ?, ?)", (run, number, method, json.dumps(dict(state)))
+        )
 
     # members and contributions
 

@@ -18,8 +18,9 @@ from edge_coordinator import rounds
 from edge_coordinator.aggregate import MAX_MEMBERS
 from edge_coordinator.config import FleetConfig
 from edge_coordinator.ledger import Contribution, Ledger, Member
-from edge_coordinator.methods import configure_train
+from edge_coordinator.methods import METHODS, configure_train
 from edge_coordinator.models import Models
+from edge_coordinator.start_adapters import adapter_tensors
 from edge_coordinator.tally import Tally
 from edge_runtime.cost import DataShape
 from edge_runtime.errors import StoreError
@@ -33,7 +34,10 @@ Emit = Callable[[dict[str, Any]], None]
 class Run:
     """The rounds of the run that fleet.toml names.
 
+    Raises UsageError if fleet.toml names targets of adapters that the model does not have.
+
     Attributes:
+        method: what plans and aggregates.
         manifest, manifest_blob: the newest model version and the hash of its manifest.
         epoch: counts the starts of this fleet's coordinator.
 
@@ -55,6 +59,9 @@ class Run:
         self.rules = rounds.Rules(config.run.goal, config.run.quorum, admit, *timeouts)
         self._server = config.run.server_settings
         self._tally: Tally | None = None  # of the newest round
+        self.method = METHODS[config.run.method]
+        if self.method.adapters:
+            adapter_tensors(self.manifest.spec, config.train)  # says at once if there are no such targets
         self._deadline = now  # of the newest round's phase, by the server's clock
         self.epoch = self._resume(now)
 
@@ -110,7 +117,11 @@ class Run:
             epoch = int(self.ledger.get("epoch") or 0) + 1
             self.ledger.put("epoch", str(epoch))
             last = self.ledger.last_round(self.name)
-            if last and last["state"] in ("joining", "collecting"):
+            if last and last["state"] == "joining" and self._prepared() is not None:
+                # nobody can join for a method whose adapters the model does not have, or not without them
+                reason = "fleet.toml names other adapters now than when this round was opened"
+                self._end_round(self.name, last["round"], "joining", "failed", reason)
+            elif last and last["state"] in ("joining", "collecting"):
                 time_s = self.rules.join_timeout_s if last["state"] == "joining" else self.rules.report_timeout_s
                 self._deadline = now + time_s
                 self.ledger.extend_round(self.name, last["round"], time.time() + time_s)
@@ -125,6 +136,7 @@ class Run:
         return epoch
 
     def _open(self, number: int, now: float) -> str:
+        self._prepare()
         opened = rounds.opened(number, self.rules, now)
         today = time.time()
         with self.ledger.transaction():
@@ -134,12 +146,35 @@ class Run:
         self._emit({"event": "round-opened", "run": self.name, "round": number, "model_version": version})
         return "opened"
 
+    def _prepared(self) -> tuple[Manifest, bytes] | None:
+        """The model with the adapters that the run's method wants; None if it has them."""
+        name, settings = self.config.run.method, self.config.train if self.method.adapters else None
+        return self.models.with_adapters(self.manifest, self.manifest_blob, settings, name)
+
+    def _prepare(self) -> None:
+        """Publish the model as a version of its own where the method wants other adapters than it has."""
+        prepared = self._prepared()
+        if prepared is None:
+            return
+        manifest, blob = prepared
+        with self.ledger.transaction():
+            self.ledger.add_model(manifest.version, blob, self.name, 0, {}, time.time())
+        self.manifest, self.manifest_blob = manifest, blob
+        self._emit({"event": "adapters-begun", "model_version": manifest.version, "tensors": len(manifest.adapters)})
+
     def _plan(self, state: rounds.RoundState, now: float) -> str:
         """The cohort is complete: the method plans for all of it at once."""
         members = self.ledger.members(self.name, state.number)
         joins = {d: read_join(m) for d, m in members.items() if m.status == "joined"}
-        train = self.config.train
-        chosen = configure_train(self.config.run.method, joins, self.manifest.num_blocks, train.epochs)
+        train, name = self.config.train, self.config.run.method
+        chosen, remembered = configure_train(
+            name,
+            self.ledger.method_state(self.name, name),
+            joins,
+            number=state.number,
+            num_blocks=self.manifest.num_blocks,
+            settings=train,
+        )
         planned: list[Member] = []
         for device, choice in chosen.items():
             if choice.row is None:
@@ -147,6 +182,7 @@ class Run:
                 continue
             settings = replace(train, seed=_seed(train.seed, state.number, device))
             plan = make_plan(choice.row, DataShape(joins[device].num_examples, 0, 0.0), settings)
+            plan = replace(plan, ranks=choice.ranks, adapters=self.method.adapters)
             planned.append(replace(members[device], status="planned", nonce=os.urandom(16), plan=pack(plan)))
         after = rounds.collecting(state, self.rules, sum(m.plan is not None for m in planned), now)
         today = time.time()
@@ -155,6 +191,7 @@ class Run:
             self.ledger.move_round(self.name, state.number, "joining", "collecting", until, today)
             for member in planned:
                 self.ledger.set_member(self.name, state.number, member)
+            self.ledger.set_method_state(self.name, state.number, name, remembered)
         self._tally = None  # taken up anew
         self._deadline = after.deadline
         counts = {"planned": after.planned, "members": len(members)}
@@ -166,11 +203,13 @@ class Run:
         if state.state == "collecting":
             self.ledger.move_round(self.name, state.number, "collecting", "closing", time.time(), time.time())
         committed = self.ledger.contributions(self.name, state.number)
-        partial = self.models.fold(self.name, state.number, self.manifest, committed)
-        assert partial is not None, "a round closes with at least one contribution"
-        method = self.config.run.method
+        name = self.config.run.method
+        collected = self.models.collect(
+            self.name, state.number, self.manifest, committed, self.method, self.config.train
+        )
+        changes, remembered = self.method.aggregate(self.ledger.method_state(self.name, name), collected)
         optimizer = self.models.optimizer(self.name, self.manifest.version, self._server)
-        manifest, blob = self.models.next_version(self.manifest, self.manifest_blob, partial, method, optimizer)
+        manifest, blob = self.models.next_version(self.manifest, self.manifest_blob, changes, name, optimizer)
         examples = sum(c.num_examples for c in committed.values())
         loss = sum(c.num_examples * c.metrics["last_loss"] for c in committed.values()) / examples
         metrics = {"members": sorted(committed), "num_examples": examples, "mean_loss": round(loss, 5)}
@@ -178,6 +217,7 @@ class Run:
             self._end_round(self.name, state.number, "closing", "published")
             self.ledger.add_model(manifest.version, blob, self.name, state.number, metrics, time.time())
             self.ledger.set_optimizer_states(self.name, manifest.version, self._server.name, optimizer.states)
+            self.ledger.set_method_state(self.name, state.number, name, remembered)
         self.manifest, self.manifest_blob = manifest, blob
         self._emit({"event": "round-published", "round": state.number, "model_version": manifest.version, **metrics})
         return self._ended("published")

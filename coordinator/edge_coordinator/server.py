@@ -146,6 +146,7 @@ class Server:
     def _advance(self, now: float) -> None:
         happened = self.run.advance(now, len(self.peers.online()))
         if happened == "opened":
+            self._announce_model()  # the run may have begun with other adapters
             self._announce_round()
         elif happened == "planned":
             state = self.run.state()
@@ -288,7 +289,8 @@ class Server:
                 ),
             )
             self.emit({"event": "granted", "round": number, "device": member.device, "depth": plan.chosen.depth,
-                       "checkpointing": plan.chosen.checkpointing, "peak_bytes": plan.chosen.peak_bytes, "codec": plan.chosen.codec})  # fmt: skip
+                       "checkpointing": plan.chosen.checkpointing, "peak_bytes": plan.chosen.peak_bytes, "codec": plan.chosen.codec,
+                       "rank": plan.chosen.rank})  # fmt: skip
         else:
             self._ack(
                 member.device,
@@ -348,9 +350,10 @@ class Server:
             return
         member = self.ledger.member(self.run.name, offer.round, peer.device)
         assert member and member.plan is not None
-        depth = unpack_as(Plan, member.plan).chosen.depth
-        update = Update(peer.device, self.models.updates.path(offer.blob), offer.num_examples, depth, offer.codec)
-        if reason := check_update(self.run.manifest.spec, update):
+        plan: Plan = unpack_as(Plan, member.plan)
+        depth, tensors = plan.chosen.depth, layout(self.run.manifest.spec, plan)
+        update = Update(peer.device, self.models.updates.path(offer.blob), offer.num_examples, tensors, offer.codec)
+        if reason := check_update(update):
             self._reject(peer, offer, reason)
             return
         metrics = {
@@ -366,9 +369,10 @@ class Server:
         if fresh:
             self.emit({"event": "committed", "round": offer.round, "device": peer.device, "depth": depth, "codec": offer.codec, "num_bytes": offer.num_bytes,
                        "num_examples": offer.num_examples, **metrics})  # fmt: skip
-        unfolded = self.ledger.unfolded(self.run.name, offer.round)
-        if len(unfolded) >= FOLD_AT:
-            self.models.fold(self.run.name, offer.round, self.run.manifest, unfolded)
+        if not self.run.method.keeps_updates:
+            unfolded = self.ledger.unfolded(self.run.name, offer.round)
+            if len(unfolded) >= FOLD_AT:
+                self.models.fold(self.run.name, offer.round, self.run.manifest, unfolded)
 
     def _reject(self, peer: Peer, offer: Offer, reason: str) -> None:
         peer.receiver.cancel(offer.blob)
@@ -387,9 +391,12 @@ class Server:
     def _announce(self) -> None:
         """The retained messages that tell a newcomer everything."""
         self._broadcast("coord", Coordinator("up", self.run.epoch, software()))
+        self._announce_model()
+        self._announce_round()
+
+    def _announce_model(self) -> None:
         size = self.models.store.size(self.run.manifest_blob)
         self._broadcast("model", Model(self.run.manifest.version, self.run.manifest_blob, size, self.run.finished))
-        self._announce_round()
 
     def _announce_round(self) -> None:
         state = self.run.state()
@@ -404,6 +411,7 @@ class Server:
             self.config.run.method,
             self.config.train,
             self.run.rules.join_timeout_s,
+            self.run.method.adapters,
         )
         self._broadcast("round", message)
 

@@ -40,8 +40,10 @@ HEAP = {
 }
 
 
-def model_job(job: str, spec: ModelSpec, weights: Mapping[str, MappedTensor]) -> dict[str, Any]:
-    """The fields of a worker's job that describe a model."""
+def model_job(
+    job: str, spec: ModelSpec, weights: Mapping[str, MappedTensor], adapters: Mapping[str, MappedTensor] | None = None, adapter_scale: float = 0.0,
+) -> dict[str, Any]:  # fmt: skip
+    """The fields of a worker's job that describe a model. Args: adapters: the A and B of the fleet's model, by name."""
     places = {t.name: weights[t.name] for t in spec.tensors}
     return {
         "job": job,
@@ -50,6 +52,8 @@ def model_job(job: str, spec: ModelSpec, weights: Mapping[str, MappedTensor]) ->
         "labels": list(spec.labels),
         "max_length": spec.max_length,
         "weights": {name: (w.path, w.offset, w.shape, w.dtype) for name, w in places.items()},
+        "adapters": {name: (w.path, w.offset, w.shape, w.dtype) for name, w in (adapters or {}).items()},
+        "adapter_scale": adapter_scale,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,41 @@ def test_a_server_optimizer_has_a_rate_of_its_own_that_may_be_replaced(tmp_path:
     text = LEAST + f'[run]\nserver_optimizer = "{name}"\nserver_beta2 = 0.5\n'
     assert load_config(write(tmp_path, text)).run.server_settings == ServerSettings(name, own, 0.9, 0.5, 1e-3)
     assert load_config(write(tmp_path, text + "server_learning_rate = 2\n")).run.server_settings.learning_rate == 2.0
+
+
+def with_method(folder: Path, method: str, **train: str) -> Path:
+    """A fleet's folder with a method and keys of [train]."""
+    path = init(folder / method, name="farm", labels=["no", "yes"], method=method)
+    text = path.read_text()
+    for key, value in train.items():
+        text = re.sub(rf"^{key} = \S+", f"{key} = {value}", text, flags=re.MULTILINE)
+    path.write_text(text)
+    return path.parent
+
+
+def test_a_method_with_adapters_has_a_rank_and_any_other_none(tmp_path: Path) -> None:
+    for name, method in METHODS.items():
+        assert load_config(with_method(tmp_path / "plain", name)).train.lora_rank == (8 if method.adapters else 0)
+        ranked = with_method(tmp_path / "ranked", name, lora_rank="5")
+        if method.adapters:
+            assert load_config(ranked).train.lora_rank == 5
+        else:
+            with pytest.raises(
+                UsageError, match="lora_rank must be 0 with the method .*: adapters are trained by lora,"
+            ):
+                load_config(ranked)
+
+
+@pytest.mark.parametrize("codec", ["topk10", "auto"])
+def test_what_a_codec_leaves_out_cannot_wait_for_adapters_that_are_made_anew(codec: str, tmp_path: Path) -> None:
+    for name in ("flexlora", "flora"):
+        with pytest.raises(UsageError, match=f"codec must be one of f32, f16, int8, int4 with the method {name}"):
+            load_config(with_method(tmp_path, name, codec=f'"{codec}"'))
+    assert load_config(with_method(tmp_path, "hetlora", codec=f'"{codec}"')).train.codec == codec
+
+
+def test_targets_of_adapters_are_a_list_of_names(tmp_path: Path) -> None:
+    assert load_config(with_method(tmp_path, "lora", lora_targets='["q", "v"]')).train.lora_targets == ("q", "v")
 
 
 WRONG = [

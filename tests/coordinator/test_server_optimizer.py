@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_coordinator.aggregate import Update, apply, fold
+from edge_coordinator.aggregate import Update, apply, fold, mean_changes
 from edge_coordinator.fleet import LEDGER_FILE, init
 from edge_coordinator.ledger import Contribution, Ledger, Member
 from edge_coordinator.models import Models
@@ -24,7 +24,9 @@ from edge_coordinator.server_optimizer import SERVER_OPTIMIZERS, ServerOptimizer
 from edge_runtime.errors import StoreError
 from edge_runtime.manifest import encode_manifest, make_manifest
 from edge_runtime.model import TensorSpec
+from edge_runtime.records import CostRow, Plan, TrainSettings
 from edge_runtime.store import BlobStore
+from edge_runtime.wire import pack
 from tests.coordinator.closing import main as close_round
 from tests.samples import small_spec
 
@@ -132,12 +134,12 @@ def test_one_tensor_and_its_state_are_in_memory_at_a_time(tmp_path: Path) -> Non
     (tmp_path / "update").write_bytes(np.full(10 << 18, 0.01, "<f4").tobytes())
     base = {t.name: tmp_path / "base" for t in tensors}
     (tmp_path / "base").write_bytes(bytes(1 << 20))
-    partial = fold(spec, None, [Update("d", tmp_path / "update", 5, 0)], tmp_path / "sum")
+    partial = fold(tensors, None, [Update("d", tmp_path / "update", 5, tensors)], tmp_path / "sum")
     optimizer = ServerOptimizer(ServerSettings("fedyogi"), {}, store)
-    apply(spec, partial, base, store, optimizer.step)
+    apply(mean_changes(spec.tensors, partial), base, store, optimizer.step)
     optimizer = ServerOptimizer(ServerSettings("fedyogi"), optimizer.states, store)
     tracemalloc.start()
-    apply(spec, partial, base, store, optimizer.step)
+    apply(mean_changes(spec.tensors, partial), base, store, optimizer.step)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 30 << 20
@@ -164,7 +166,8 @@ def fleet_with_two_closed_and_one_open_round(folder: Path, optimizer: str) -> Pa
             for device, depth in enumerate(depths):
                 values = chance.normal(0, 0.01, sum(t.size for t in SPEC.suffix(depth))).astype("<f4")
                 blob, name = models.updates.put(values.tobytes()), f"d{device}"
-                ledger.set_member("first", number, Member(name, "planned", b"", b"n", b"p", ""))
+                plan = pack(Plan(CostRow(depth, False, 1, 0, 0.0, 0.0, 0), TrainSettings(), 1))
+                ledger.set_member("first", number, Member(name, "planned", b"", b"n", plan, ""))
                 ledger.contribute("first", number, Contribution(name, blob, 10 + device, depth, {"last_loss": 1.0}, False), 0.0)  # fmt: skip
         if number < 3:
             close_round(folder)

@@ -55,7 +55,7 @@ def candidate(model: str, config: FleetConfig, options: SimOptions, say: Callabl
     Raises:
         UsageError, DataError, ModelError, MissingExtra: as their names say.
     """
-    section, train, cache = config.model, config.train, cache_folder()
+    section, train, cache = config.model, replace(config.train, lora_rank=0), cache_folder()
     say(f"{model}: reading it and the data")
     checkpoint = find_checkpoint(
         model, max_length=section.max_length, family=section.family, new_head=True, progress=say
@@ -69,7 +69,7 @@ def candidate(model: str, config: FleetConfig, options: SimOptions, say: Callabl
     plans = Plans(source.spec, by_class, engine.cached)
     depths = {}
     for device in make_devices(options, section.labels, Corpus(prepared.corpus), train.seed):
-        table, budget = plans.table(device, train)
+        table, budget = plans.table(device, train, "")
         row = deepest(feasible(table, budget, train.epochs))
         depths[device.name] = row.depth if row else 0
     return Candidate(model, source.spec.num_blocks, depths)

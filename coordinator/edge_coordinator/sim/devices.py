@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from edge_runtime.codecs import CODECS
 from edge_runtime.cost import Calibration, DataShape
 from edge_runtime.engine import Engine
 from edge_runtime.errors import DoesNotFit
-from edge_runtime.manifest import Manifest
+from edge_runtime.layout import A
+from edge_runtime.manifest import Manifest, StoredTensor
 from edge_runtime.model import ModelSpec
-from edge_runtime.planner import choose, cost_table
+from edge_runtime.planner import choose, cost_table, offered_ranks
 from edge_runtime.records import Budget, CostRow, TrainSettings
 from edge_runtime.store import BlobStore
 from edge_runtime.topics import Topics
@@ -70,22 +71,28 @@ class Plans:
     calibrations: Mapping[str, Calibration]  # by class
     cached: bool
 
-    def table(self, device: VirtualDevice, settings: TrainSettings) -> tuple[tuple[CostRow, ...], Budget]:
+    def table(
+        self, device: VirtualDevice, settings: TrainSettings, adapters: str
+    ) -> tuple[tuple[CostRow, ...], Budget]:
         """The device's cost table and its budgets."""
         budget, calibration = device.budget, self.calibrations[device.kind.name]
-        return tuple(cost_table(self.spec, device.data, settings, calibration, budget, self.cached)), budget
+        what = (self.spec, device.data, settings, calibration, budget, self.cached, adapters)
+        return tuple(cost_table(*what, offered_ranks(self.spec, settings, adapters))), budget
 
 
 @dataclass
 class Downloads:
-    """How many bytes a device must fetch, by the version that it holds: parts of the model change with rounds."""
+    """How many bytes a device must fetch, by the version that it holds: parts of the model change with rounds.
 
-    changed: dict[int, int] = field(default_factory=dict)  # part of the model -> the version in which it last changed
+    The adapters of a part, and A and B of them, count as parts of their own.
+    """
+
+    changed: dict[int, int] = field(default_factory=dict)  # number of a part -> the version in which it last changed
 
     def publish(self, before: Manifest, after: Manifest) -> list[int]:
         """Note a new version; -> the parts that changed in it."""
-        old = {t.name: t.blob for t in before.tensors}
-        parts = sorted({t.part for t in after.tensors if old[t.name] != t.blob})
+        old = {tensor.name: tensor.blob for _, tensor in _numbered(before)}
+        parts = sorted({number for number, tensor in _numbered(after) if old.get(tensor.name) != tensor.blob})
         self.changed |= dict.fromkeys(parts, after.version)
         return parts
 
@@ -93,8 +100,18 @@ class Downloads:
         """Manifest, and the tensors that are newer than what is held; everything for a device that holds nothing."""
         if held == manifest.version:
             return 0
-        total = manifest_bytes + sum(t.num_bytes for t in manifest.tensors if self.changed.get(t.part, 1) > held)
+        fresh = (t for number, t in _numbered(manifest) if self.changed.get(number, 1) > held)
+        total = manifest_bytes + sum(t.num_bytes for t in fresh)
         return total + (0 if held else manifest.tokenizer_bytes + manifest.graphs_bytes)
+
+
+def _numbered(manifest: Manifest) -> Iterator[tuple[int, StoredTensor]]:
+    """Every tensor with the number of what it belongs to: its part, or beyond all parts its block's A or B."""
+    for tensor in manifest.tensors:
+        yield tensor.part, tensor
+    for tensor in manifest.adapters:
+        kind = 1 if tensor.name.endswith(A) else 2
+        yield kind * (manifest.num_blocks + 1) + tensor.part, tensor
 
 
 class VirtualFleet:
@@ -210,7 +227,7 @@ class VirtualFleet:
         row |= {"status": "joined", "held": device.held, "bytes_down": num_bytes, "download_s": round(seconds, 6)}
         if not device.online:
             return
-        table, budget = self._plans.table(device, round_.settings)
+        table, budget = self._plans.table(device, round_.settings, round_.adapters)
         reason = ""
         try:
             choose(table, budget, round_.settings.epochs)
@@ -225,7 +242,7 @@ class VirtualFleet:
         row, chosen = self.rows[device.name], grant.plan.chosen
         train_s = chosen.total_s(grant.plan.settings.epochs)
         upload_s = chosen.upload_bytes / device.uplink_bytes_per_s
-        row |= {"status": "planned", "depth": chosen.depth, "checkpointing": chosen.checkpointing, "micro_batch": chosen.micro_batch,
+        row |= {"status": "planned", "depth": chosen.depth, "rank": chosen.rank, "checkpointing": chosen.checkpointing, "micro_batch": chosen.micro_batch,
                 "peak_bytes": chosen.peak_bytes, "train_s": round(train_s, 6), "upload_s": round(upload_s, 6)}  # fmt: skip
         due_s = self.clock.now_s + train_s + upload_s
         if self._chance("drop", device) < self._dropout:
@@ -248,7 +265,13 @@ class VirtualFleet:
             **feedback,
             "plan": to_plain(grant.plan),
             "smaller": [],
-            **model_job("train", manifest.spec, manifest.mapped(self._store)),
+            **model_job(
+                "train",
+                manifest.spec,
+                manifest.mapped(self._store),
+                manifest.mapped_adapters(self._store),
+                manifest.adapter_scale,
+            ),
             **self._engine.job(scratch / "cache"),
             "corpus": str((scratch / "corpus").absolute()),
             "test_corpus": None,

@@ -35,6 +35,7 @@ from edge_runtime.topics import COORDINATOR, Topics
 from edge_runtime.training.corpus import Corpus
 from edge_runtime.training.process import model_job, run_worker
 from edge_runtime.transport import LocalBroker, LocalTransport, Message
+from edge_runtime.weights import MappedTensor
 from edge_runtime.wire import from_plain, to_plain
 
 WORK_FOLDER, RESIDUAL_FOLDER = "work", "residual"
@@ -149,6 +150,7 @@ class Simulation:
         """What the coordinator reports: its deadlines become times of the clock."""
         kind, run, now_s = event["event"], self.fleet.config.run, self.clock.now_s
         if kind == "round-opened":
+            self._hold()  # the run may have begun with other adapters
             self._opened_s, self._counts = now_s, {}
             self.clock.at(now_s + run.join_timeout_s, nothing)
         elif kind == "round-planned":
@@ -220,7 +222,7 @@ class Simulation:
         """Accuracy on the test file, and for each device class by the labels that its devices hold."""
         assert self._prepared.test_corpus, "asked for with a test file alone"
         job = {
-            **model_job("evaluate", manifest.spec, manifest.mapped(self.models.store)),
+            **model_job("evaluate", manifest.spec, *self._mapped(manifest)),
             **self.engine.job(cache_folder()),
             "corpus": str(self._prepared.test_corpus),
             "batch_size": self.fleet.config.train.batch_size,
@@ -238,6 +240,10 @@ class Simulation:
             if known:
                 by_class[kind] = round(sum(c * s for c, s in known) / sum(c for c, _ in known), 5)
         return {"accuracy": round(sum(right) / sum(total), 5), "accuracy_of": by_class}
+
+    def _mapped(self, manifest: Manifest) -> tuple[dict[str, MappedTensor], dict[str, MappedTensor], float]:
+        store = self.models.store
+        return manifest.mapped(store), manifest.mapped_adapters(store), manifest.adapter_scale
 
     def _labels_of(self, kind: str) -> list[int]:
         """How many examples of each label the devices of a class hold."""
