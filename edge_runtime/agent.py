@@ -27,7 +27,7 @@ from edge_runtime.manifest import Manifest
 from edge_runtime.outbox import Outbox
 from edge_runtime.planner import choose, mib, over_budget, shrink
 from edge_runtime.records import CostRow, Plan, TrainReport
-from edge_runtime.residual import line_of
+from edge_runtime.residual import feedback_job
 from edge_runtime.session import Session
 from edge_runtime.topics import Topics
 from edge_runtime.training.optimizers import OPTIMIZERS
@@ -300,13 +300,8 @@ class Agent:
         job = self.session.job(self.keeper.manifest, self.keeper.store, plan)
         job |= {"update": str(self.outbox.draft.absolute()), "round": f"{grant.run}/{grant.round}"}
         if CODECS[plan.chosen.codec].sparse:
-            residual = self.outbox.residual
-            job["residual"] = {
-                "kept": str(residual.kept.absolute()),
-                "draft": str(residual.draft.absolute()),
-                "line": line_of(grant.run, self.keeper.manifest),
-                "round": grant.round,
-            }
+            kept, draft = self.outbox.residual.kept, self.outbox.residual.draft
+            job["residual"] = feedback_job(kept, draft, grant.run, grant.round, self.keeper.manifest)
         worker = Worker(job, limit_bytes=limit_bytes, threads=self.session.threads, nice=NICENESS)
         self._training = Training(grant, plan, worker, attempt, limit_bytes)
         chosen = plan.chosen

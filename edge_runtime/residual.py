@@ -73,6 +73,12 @@ class Residual:
                 path.unlink(missing_ok=True)
 
 
+def feedback_job(kept: Path, draft: Path, run: str, round_: int, manifest: Manifest) -> dict[str, Any]:
+    """What a training process is told of error feedback: its job's "residual"."""
+    places = {"kept": str(kept.absolute()), "draft": str(draft.absolute())}
+    return {**places, "line": line_of(run, manifest), "round": round_}
+
+
 def line_of(run: str, manifest: Manifest) -> str:
     """What the versions of one run from one base model have in common, and no others: a hash, as hex."""
     shape = [(t.name, t.shape, t.part) for t in manifest.tensors]

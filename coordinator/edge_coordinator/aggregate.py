@@ -8,7 +8,7 @@ one more, and in `apply` one tensor. numpy only; no torch, no network, no ledger
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,10 +128,17 @@ def mean_changes(tensors: Sequence[TensorSpec], partial: Partial) -> Iterator[Ch
             yield Change(tensor.name, total.astype(np.float64) / (weight * (1 << SCALE_BITS)))
 
 
-def apply(changes: Iterable[Change], base: Mapping[str, Path], store: BlobStore) -> dict[str, bytes]:
+def apply(
+    changes: Iterable[Change],
+    base: Mapping[str, Path],
+    store: BlobStore,
+    step: Callable[[str, Array], Array] = lambda name, values: values,
+) -> dict[str, bytes]:
     """New tensors = base + change, taken one at a time; -> the hash of each changed tensor, put into the store.
 
-    Args: base: where the tensors lie that may change, float32.
+    Args:
+        base: where the tensors lie that may change, float32.
+        step: the server optimizer, from a tensor's name and change, flat float64, to the change that is made.
 
     Raises:
         ModelError: a tensor would not be finite.
@@ -142,7 +149,7 @@ def apply(changes: Iterable[Change], base: Mapping[str, Path], store: BlobStore)
     for change in changes:
         values = change.values.reshape(-1)
         if not change.replaces:
-            values = np.fromfile(base[change.name], "<f4").astype(np.float64) + values
+            values = np.fromfile(base[change.name], "<f4").astype(np.float64) + step(change.name, values)
         changed[change.name] = store.put(finite(change.name, values).tobytes())
     return changed
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edge_coordinator.server_optimizer import OWN_RATES, SERVER_OPTIMIZERS, ServerSettings
 from edge_runtime.codecs import AUTO, CODECS
 from edge_runtime.errors import UsageError
 from edge_runtime.planner import check_settings
@@ -51,6 +52,17 @@ class RunSection:
     join_timeout_s: float = 300.0
     report_timeout_s: float = 3600.0
     pause_s: float = 0.0  # between rounds
+    server_optimizer: str = "fedavg"  # what is made of the mean delta (`server_optimizer.py`)
+    server_learning_rate: float = 0.0  # 0 is the optimizer's own
+    server_momentum: float = 0.9  # of fedavgm; b1 of fedadam and fedyogi
+    server_beta2: float = 0.99  # of fedadam and fedyogi, as tau
+    server_tau: float = 1e-3
+
+    @property
+    def server_settings(self) -> ServerSettings:
+        """The server optimizer with its numbers."""
+        rate = self.server_learning_rate or OWN_RATES[self.server_optimizer]
+        return ServerSettings(self.server_optimizer, rate, self.server_momentum, self.server_beta2, self.server_tau)
 
 
 @dataclass(frozen=True)
@@ -166,6 +178,7 @@ def _check(config: FleetConfig, path: Path) -> None:
     for key in ("join_timeout_s", "report_timeout_s", "pause_s"):
         if not (0 if key == "pause_s" else 1e-3) <= getattr(run, key) <= 1e9:
             raise UsageError(f"{path}: [run] {key} must be above 0 and below 1e9 seconds, it is {getattr(run, key)}")
+    _check_server(run, path)
     if len(model.labels) < 2 or len(set(model.labels)) != len(model.labels):
         raise UsageError(f"{path}: [model] labels must name at least two different classes")
     if len(model.labels) > 4096 or max(map(len, model.labels)) > 200:
@@ -178,6 +191,21 @@ def _check(config: FleetConfig, path: Path) -> None:
         raise UsageError(f"{path}: [broker] kind must be embedded or external, it is {config.broker.kind!r}")
     if not 0 <= config.broker.port <= 65535:
         raise UsageError(f"{path}: [broker] port must be 0 to 65535, it is {config.broker.port}")
+
+
+def _check_server(run: RunSection, path: Path) -> None:
+    if run.server_optimizer not in SERVER_OPTIMIZERS:
+        known = ", ".join(SERVER_OPTIMIZERS)
+        raise UsageError(f"{path}: [run] server_optimizer must be one of {known}, it is {run.server_optimizer!r}")
+    limits = {
+        "server_learning_rate": (0, 100),
+        "server_momentum": (0, 0.9999),
+        "server_beta2": (0, 0.9999),
+        "server_tau": (1e-12, 1),
+    }
+    for key, (low, high) in limits.items():
+        if not low <= getattr(run, key) <= high:
+            raise UsageError(f"{path}: [run] {key} must be from {low:g} to {high:g}, it is {getattr(run, key)}")
 
 
 def _adapters(config: FleetConfig, path: Path) -> TrainSettings:
@@ -228,6 +256,11 @@ overselection = 1.3           # devices admitted for each update wanted
 join_timeout_s = 300.0        # how long a round waits for devices to join; goes on at once when all that are online have
 report_timeout_s = 3600.0     # how long devices may train and send
 pause_s = 0.0                 # between rounds
+server_optimizer = "fedavg"   # what is made of the mean of the updates: fedavg, fedavgm, fedadam, fedyogi
+server_learning_rate = 0.0    # 0: the optimizer's own, 1 for fedavg and fedavgm, 0.003 for the others
+server_momentum = 0.9         # of fedavgm, and the first beta of fedadam and fedyogi
+server_beta2 = 0.99           # of fedadam and fedyogi, as tau
+server_tau = 0.001
 
 [train]                       # the same for every device
 epochs = 1                    # local epochs a round

@@ -1,7 +1,7 @@
 """Model versions: importing the first one, publishing the next, exporting any. Names, shapes and bytes; no torch.
 
 Tensors of published versions are blobs in `store/`, which any device of the fleet may fetch; updates are kept apart in
-`updates/`, which no device can read.
+`updates/`, and the server optimizer's states in `optimizer/`, which no device can read.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from edge_coordinator.collected import CollectedRound, unpack
 from edge_coordinator.config import ModelSection
 from edge_coordinator.ledger import Contribution, Ledger, ModelRow
 from edge_coordinator.methods.method import Change, Method
+from edge_coordinator.server_optimizer import ServerOptimizer, ServerSettings
 from edge_coordinator.start_adapters import adapter_tensors, fresh_a
 from edge_runtime.errors import ModelError, StoreError, UsageError, WireError
 from edge_runtime.graphs.find import find_graphs
@@ -44,6 +45,7 @@ class Models:
         self.ledger = ledger
         self.store = BlobStore(folder / "store")
         self.updates = BlobStore(folder / "updates")
+        self.states = BlobStore(folder / "optimizer")  # of the server optimizer; no device can read these either
 
     def import_first(self, section: ModelSection, now: float, progress: Callable[[str], None]) -> Manifest:
         """Version 1: the base checkpoint with a head for the fleet's labels, cut into blobs."""
@@ -129,21 +131,24 @@ class Models:
             raise _damaged(manifest.version, wrong[0] + more)
 
     def fold(self, run: str, number: int, base: Manifest, committed: Mapping[str, Contribution]) -> Partial | None:
-        """Add every committed update that is not in the partial sum yet; sum, weights and members in one transaction."""
+        """Add the committed updates that are not in the partial sum yet; the sum and who is in it in one transaction."""
         found = self.ledger.partial(run, number)
         old_blob = found[0] if found else None
         partial = Partial(self.updates.path(found[0]), found[1]) if found else None
-        members = found[2] if found else []
         fresh = {device: c for device, c in committed.items() if not c.folded}
         if not fresh:
             return partial
         made = fold(base.trainable, partial, self._updates(run, number, base, fresh), self._draft("close.sum"))
         blob = self.updates.adopt(made.path)
         with self.ledger.transaction():
-            self.ledger.set_partial(run, number, blob, made.weights, sorted([*members, *fresh]))
+            self.ledger.set_partial(run, number, blob, made.weights, list(fresh))
         for done in {c.blob for c in fresh.values()} | ({old_blob} if old_blob and old_blob != blob else set()):
             self.updates.delete(done)
         return Partial(self.updates.path(blob), made.weights)
+
+    def optimizer(self, run: str, version: int, settings: ServerSettings) -> ServerOptimizer:
+        """The server optimizer with its states of a model version: none of another optimizer or another run."""
+        return ServerOptimizer(settings, self.ledger.optimizer_states(run, version, settings.name), self.states)
 
     def collect(
         self, run: str, number: int, base: Manifest, committed: Mapping[str, Contribution], method: Method, settings: TrainSettings
@@ -164,11 +169,11 @@ class Models:
 
     def _updates(self, run: str, number: int, base: Manifest, committed: Mapping[str, Contribution]) -> list[Update]:
         """Updates as the plans say that they are laid out, in the order of the devices' names."""
-        members, spec, found = self.ledger.members(run, number), base.spec, []
+        found = []
         for device in sorted(committed):
-            item, plan = committed[device], members[device].plan
-            assert plan is not None, "only planned devices contribute"
-            tensors = layout(spec, unpack_as(Plan, plan))
+            item, member = committed[device], self.ledger.member(run, number, device)
+            assert member and member.plan is not None, "only planned devices contribute"
+            tensors = layout(base.spec, unpack_as(Plan, member.plan))
             found.append(Update(device, self.updates.path(item.blob), item.num_examples, tensors, item.codec))
         return found
 
@@ -177,15 +182,22 @@ class Models:
         return self.updates.folder / "partial" / f"{name}.tmp"
 
     def next_version(
-        self, base: Manifest, base_blob: bytes, changes: Iterable[Change], method: str
+        self,
+        base: Manifest,
+        base_blob: bytes,
+        changes: Iterable[Change],
+        method: str,
+        optimizer: ServerOptimizer | None = None,
     ) -> tuple[Manifest, bytes]:
         """The model after changes, taken one at a time: changed tensors as new blobs, and the manifest; not yet in the ledger.
+
+        Args: optimizer: what the changes pass through.
 
         Raises:
             ModelError: a tensor would not be finite.
         """
         paths = {t.name: self.store.path(t.blob) for t in (*base.tensors, *base.adapters)}
-        changed = apply(changes, paths, self.store)
+        changed = apply(changes, paths, self.store, *([optimizer.step] if optimizer else []))
 
         def after(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
             return [replace(t, blob=changed.get(t.name, t.blob)) for t in tensors]
@@ -245,6 +257,7 @@ class Models:
                 wanted |= {row.manifest, *self.manifest(row).blobs()}
         self.store.keep_only(wanted)
         self.updates.keep_only(self.ledger.live_blobs())
+        self.states.keep_only(self.ledger.optimizer_blobs())
 
     def _kept(self) -> Sequence[ModelRow]:
         """The versions whose tensors are kept."""

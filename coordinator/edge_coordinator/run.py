@@ -17,10 +17,11 @@ from typing import Any
 from edge_coordinator import rounds
 from edge_coordinator.aggregate import MAX_MEMBERS
 from edge_coordinator.config import FleetConfig
-from edge_coordinator.ledger import Ledger, Member
+from edge_coordinator.ledger import Contribution, Ledger, Member
 from edge_coordinator.methods import METHODS, configure_train
 from edge_coordinator.models import Models
 from edge_coordinator.start_adapters import adapter_tensors
+from edge_coordinator.tally import Tally
 from edge_runtime.cost import DataShape
 from edge_runtime.errors import StoreError
 from edge_runtime.manifest import Manifest
@@ -56,6 +57,8 @@ class Run:
         admit = min(MAX_MEMBERS, math.ceil(config.run.goal * config.run.overselection))
         timeouts = (config.run.join_timeout_s, config.run.report_timeout_s)
         self.rules = rounds.Rules(config.run.goal, config.run.quorum, admit, *timeouts)
+        self._server = config.run.server_settings
+        self._tally: Tally | None = None  # of the newest round
         self.method = METHODS[config.run.method]
         if self.method.adapters:
             adapter_tensors(self.manifest.spec, config.train)  # says at once if there are no such targets
@@ -73,23 +76,11 @@ class Run:
         last = self.ledger.last_round(self.name)
         if last is None:
             return None
-        members = self.ledger.members(self.name, last["round"]).values()
-        committed = self.ledger.contributions(self.name, last["round"])
-        revoked = self.ledger.revoked()
-        return rounds.RoundState(
-            last["round"],
-            last["state"],
-            self._deadline,
-            joined=sum(m.status in ("joined", "planned") for m in members),
-            unable=sum(m.status in ("unable", "excluded") for m in members),
-            planned=sum(m.plan is not None for m in members),
-            committed=len(committed),
-            present=present,
-            gave_up=sum(
-                m.plan is not None and m.device not in committed and (m.status == "gave-up" or m.device in revoked)
-                for m in members
-            ),
-        )
+        if self._tally is None or self._tally.number != last["round"]:
+            members = self.ledger.members(self.name, last["round"]).values()
+            self._tally = Tally(last["round"], members, self.ledger.contributions(self.name, last["round"]))
+        counts = self._tally.counts(self.ledger.revoked())
+        return rounds.RoundState(last["round"], last["state"], self._deadline, present=present, **counts)
 
     def advance(self, now: float, present: int) -> str:
         """Do what is due; -> "opened", "planned", "published", "failed", or "" when nothing was."""
@@ -109,6 +100,16 @@ class Run:
         """Write one member, durably."""
         with self.ledger.transaction():
             self.ledger.set_member(self.name, number, member)
+        if self._tally and self._tally.number == number:
+            self._tally.member(member)
+
+    def contribute(self, number: int, item: Contribution) -> bool:
+        """Commit an update, durably; False if this device's is in already."""
+        with self.ledger.transaction():
+            fresh = self.ledger.contribute(self.name, number, item, time.time())
+        if self._tally and self._tally.number == number:
+            self._tally.commit(item.device)
+        return fresh
 
     def _resume(self, now: float) -> int:
         """Take up where the ledger stands: one epoch more, and an open phase gets its time again."""
@@ -191,6 +192,7 @@ class Run:
             for member in planned:
                 self.ledger.set_member(self.name, state.number, member)
             self.ledger.set_method_state(self.name, state.number, name, remembered)
+        self._tally = None  # taken up anew
         self._deadline = after.deadline
         counts = {"planned": after.planned, "members": len(members)}
         self._emit({"event": "round-planned", "round": state.number, **counts})
@@ -206,13 +208,15 @@ class Run:
             self.name, state.number, self.manifest, committed, self.method, self.config.train
         )
         changes, remembered = self.method.aggregate(self.ledger.method_state(self.name, name), collected)
-        manifest, blob = self.models.next_version(self.manifest, self.manifest_blob, changes, name)
+        optimizer = self.models.optimizer(self.name, self.manifest.version, self._server)
+        manifest, blob = self.models.next_version(self.manifest, self.manifest_blob, changes, name, optimizer)
         examples = sum(c.num_examples for c in committed.values())
         loss = sum(c.num_examples * c.metrics["last_loss"] for c in committed.values()) / examples
         metrics = {"members": sorted(committed), "num_examples": examples, "mean_loss": round(loss, 5)}
         with self.ledger.transaction():
             self._end_round(self.name, state.number, "closing", "published")
             self.ledger.add_model(manifest.version, blob, self.name, state.number, metrics, time.time())
+            self.ledger.set_optimizer_states(self.name, manifest.version, self._server.name, optimizer.states)
             self.ledger.set_method_state(self.name, state.number, name, remembered)
         self.manifest, self.manifest_blob = manifest, blob
         self._emit({"event": "round-published", "round": state.number, "model_version": manifest.version, **metrics})

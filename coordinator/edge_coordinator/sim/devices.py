@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_coordinator.sim.classes import DeviceClass
+from edge_coordinator.sim.classes import DeviceClass, OwnBudget
 from edge_coordinator.sim.clock import Clock
 from edge_coordinator.sim.data import cut
 from edge_coordinator.sim.pool import Pool
+from edge_coordinator.sim.residuals import Residuals
+from edge_runtime.codecs import CODECS
 from edge_runtime.cost import Calibration, DataShape
 from edge_runtime.engine import Engine
 from edge_runtime.errors import DoesNotFit
@@ -51,8 +53,14 @@ class VirtualDevice:
     part: array[int]  # indices of its examples
     data: DataShape
     uplink_bytes_per_s: float
+    own: OwnBudget | None = None
     held: int = 0  # the newest model version that it holds whole
     online: bool = False
+
+    @property
+    def budget(self) -> Budget:
+        """Its own, or its class's."""
+        return (self.own or OwnBudget()).instead_of(self.kind)
 
 
 @dataclass
@@ -67,8 +75,7 @@ class Plans:
         self, device: VirtualDevice, settings: TrainSettings, adapters: str
     ) -> tuple[tuple[CostRow, ...], Budget]:
         """The device's cost table and its budgets."""
-        budget = Budget(device.kind.memory_bytes, device.kind.time_s, device.kind.upload_bytes)
-        calibration = self.calibrations[device.kind.name]
+        budget, calibration = device.budget, self.calibrations[device.kind.name]
         what = (self.spec, device.data, settings, calibration, budget, self.cached, adapters)
         return tuple(cost_table(*what, offered_ranks(self.spec, settings, adapters))), budget
 
@@ -127,6 +134,7 @@ class VirtualFleet:
         corpus: Corpus,
         store: BlobStore,
         updates: BlobStore,
+        residuals: Residuals,
         seed: int,
         dropout: float,
         threads: int,
@@ -138,6 +146,7 @@ class VirtualFleet:
         self.downloads = Downloads()
         self.rows: dict[str, dict[str, Any]] = {}
         self._plans, self._engine, self._corpus, self._store, self._updates = plans, engine, corpus, store, updates
+        self._residuals = residuals
         self._seed, self._dropout, self._threads = seed, dropout, threads
         self._round: Round | None = None
         self._manifest: Manifest | None = None
@@ -169,6 +178,15 @@ class VirtualFleet:
         rows = [self.rows[name] for name in sorted(self.rows)]
         self.rows, self._round = {}, None
         return rows
+
+    def recall(self, last: Mapping[str, Any]) -> None:
+        """What was left undone of the last round in the results, if a kill came between."""
+        self._residuals.settle(last["devices"], lambda device: self.pool.residual(work_name(last["round"], device)))
+
+    def settle(self, number: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A round is in the results: what its updates left out is kept from now on, and its trainings are forgotten."""
+        self._residuals.settle(rows, lambda device: self.pool.residual(work_name(number, device)))
+        self.pool.end_round()
 
     # a round
 
@@ -239,7 +257,12 @@ class VirtualFleet:
     def _job(self, device: VirtualDevice, grant: Grant, manifest: Manifest, scratch: Path) -> Mapping[str, Any]:
         """As `Session.job`, for a part of the one data set."""
         cut(self._corpus, device.part, scratch / "corpus")
+        feedback = {}
+        if CODECS[grant.plan.chosen.codec].sparse:
+            draft = self.pool.residual(_work(grant, device))
+            feedback["residual"] = self._residuals.job(device.name, draft, grant.run, grant.round, manifest)
         return {
+            **feedback,
             "plan": to_plain(grant.plan),
             "smaller": [],
             **model_job(
@@ -263,7 +286,9 @@ class VirtualFleet:
         report = trained.report
         if report is None:  # as an agent gives its plan back
             row |= {"status": "gave-up", "reason": trained.failure}
-            join = Join(grant.run, grant.round, BOOT, 0, Budget(device.kind.memory_bytes), (), 0, trained.failure[:500])
+            join = Join(
+                grant.run, grant.round, BOOT, 0, Budget(device.budget.memory_bytes), (), 0, trained.failure[:500]
+            )
             self._send(device, "join", join)
             return
         num_bytes = trained.update.stat().st_size
@@ -317,8 +342,12 @@ class VirtualFleet:
 
 
 def _work(grant: Grant, device: VirtualDevice) -> str:
+    return work_name(grant.round, device.name)
+
+
+def work_name(round_: int, device: str) -> str:
     """What a training is called on disk."""
-    return f"{grant.round}.{device.name}"
+    return f"{round_}.{device}"
 
 
 def chance(seed: int, *what: object) -> float:
