@@ -16,7 +16,7 @@ import pytest
 
 from edge_runtime.errors import UsageError
 from edge_runtime.records import CostRow
-from tools import bench_codecs, bench_federated, bench_ours, bench_training
+from tools import bench_codecs, bench_federated, bench_methods, bench_ours, bench_training
 from tools import bench_common as bench
 
 MACHINE = {"cpu": "a chip", "cores": 2, "ram_gib": 1.0, "system": "Linux", "load": "0.00"}
@@ -110,10 +110,15 @@ def test_every_row_has_a_name_of_its_own_and_ours_come_first(module: object) -> 
     assert ours == sorted(ours, reverse=True)
 
 
-@pytest.mark.parametrize("name", ["training", "federated", "codecs"])
+@pytest.mark.parametrize("name", ["training", "federated", "codecs", "methods"])
 @pytest.mark.parametrize("wrong", [["--threads", "0"], ["--seed", "x"], ["--jsn"], ["--json"]])
 def test_a_wrong_call_ends_with_two(name: str, wrong: list[str]) -> None:
-    parsers = {"training": bench_training.parser, "federated": bench_federated.parser, "codecs": bench_codecs.parser}
+    parsers = {
+        "training": bench_training.parser,
+        "federated": bench_federated.parser,
+        "codecs": bench_codecs.parser,
+        "methods": bench_methods.parser,
+    }
     parser = parsers[name]()
     with pytest.raises(SystemExit) as ended:
         parser.parse_args(wrong)

@@ -14,11 +14,12 @@ from typing import Any
 
 from edge_coordinator.config import FleetConfig
 from edge_coordinator.methods.caff import deepest
-from edge_coordinator.sim.devices import Plans
+from edge_coordinator.sim.devices import Plans, VirtualDevice
 from edge_coordinator.sim.making import SimOptions, calibrated, calibrations, make_devices
 from edge_runtime.engine import EngineOptions, find_engine
 from edge_runtime.local import prepare
 from edge_runtime.planner import feasible
+from edge_runtime.records import TrainSettings
 from edge_runtime.source import find_checkpoint, open_source
 from edge_runtime.store import cache_folder
 from edge_runtime.training.corpus import Corpus
@@ -49,13 +50,15 @@ def best(candidates: Sequence[Candidate]) -> Candidate | None:
     return max(able, key=lambda c: (c.mean, c.num_blocks), default=None)
 
 
-def candidate(model: str, config: FleetConfig, options: SimOptions, say: Callable[[str], None]) -> Candidate:
-    """What the devices of a simulation could train of a network, with the settings of fleet.toml.
+def planned(
+    model: str, config: FleetConfig, options: SimOptions, say: Callable[[str], None]
+) -> tuple[Plans, list[VirtualDevice]]:
+    """What the cost tables of a simulation's devices are made from, for a network, with the settings of fleet.toml.
 
     Raises:
         UsageError, DataError, ModelError, MissingExtra: as their names say.
     """
-    section, train, cache = config.model, replace(config.train, lora_rank=0), cache_folder()
+    section, train, cache = config.model, config.train, cache_folder()
     say(f"{model}: reading it and the data")
     checkpoint = find_checkpoint(
         model, max_length=section.max_length, family=section.family, new_head=True, progress=say
@@ -66,13 +69,22 @@ def candidate(model: str, config: FleetConfig, options: SimOptions, say: Callabl
     measured = calibrated(source, engine, prepared.data, train, options.threads, say)
     kinds = [kind for kind, _ in options.kinds]
     by_class = calibrations(measured, source.spec, prepared.data, train.batch_size, kinds)
-    plans = Plans(source.spec, by_class, engine.cached)
-    depths = {}
-    for device in make_devices(options, section.labels, Corpus(prepared.corpus), train.seed):
-        table, budget = plans.table(device, train, "")
-        row = deepest(feasible(table, budget, train.epochs))
-        depths[device.name] = row.depth if row else 0
-    return Candidate(model, source.spec.num_blocks, depths)
+    devices = make_devices(options, section.labels, Corpus(prepared.corpus), train.seed)
+    return Plans(source.spec, by_class, engine.cached), devices
+
+
+def depth_of(plans: Plans, device: VirtualDevice, settings: TrainSettings) -> int:
+    """t_c: the blocks that a device can train."""
+    table, budget = plans.table(device, settings, "")
+    row = deepest(feasible(table, budget, settings.epochs))
+    return row.depth if row else 0
+
+
+def candidate(model: str, config: FleetConfig, options: SimOptions, say: Callable[[str], None]) -> Candidate:
+    """What the devices of a simulation could train of a network. Raises: as `planned`."""
+    config = replace(config, train=replace(config.train, lora_rank=0))
+    plans, devices = planned(model, config, options, say)
+    return Candidate(model, plans.spec.num_blocks, {d.name: depth_of(plans, d, config.train) for d in devices})
 
 
 def described(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
