@@ -100,6 +100,8 @@ class Agent:
         self._retry_at = 0.0
         self._status_at, self._activity = 0.0, "starting"
         self._refusals = 0
+        self._train_ratio = self._uplink_bytes_per_s = 0.0  # as the last training and sending were
+        self._sending_at: float | None = None  # since when the whole update is asked for; 0: not yet
         if self.outbox.damaged:
             emit({"event": "storage-error", "reason": self.outbox.damaged})
 
@@ -190,6 +192,7 @@ class Agent:
         elif isinstance(body, Grant):
             self._granted(body)
         elif isinstance(body, Need):
+            self._sending_at = self._sending_at if self._sending_at != 0.0 else self.clock()
             self.outbox.sender.ask(body.ranges)
         elif isinstance(body, Ack):
             self._acknowledged(body)
@@ -236,7 +239,10 @@ class Agent:
             self.emit({"event": "nothing-fits", "round": round_.round, "reason": reason, **needs})
         least = min((row.peak_bytes for row in could.rows), default=0)
         examples = could.data.num_examples
-        join = Join(round_.run, round_.round, self.boot, examples, could.budget, could.rows, least, reason[:500])
+        join = Join(
+            round_.run, round_.round, self.boot, examples, could.budget, could.rows, least, reason[:500],
+            self._train_ratio, self._uplink_bytes_per_s,
+        )  # fmt: skip
         self._send("join", join)
         self._joined_at = now
         self._say("waiting for a plan")
@@ -245,6 +251,8 @@ class Agent:
         pending = self.outbox.pending
         if pending and (ack.run, ack.round) == (pending.run, pending.round):
             self.emit({"event": ack.status, "round": ack.round, "reason": ack.reason, **self._traffic()})
+            if ack.status == "committed" and self._sending_at:
+                self._uplink_bytes_per_s = min(1e12, pending.num_bytes / max(1e-3, self.clock() - self._sending_at))
             self.outbox.settle(ack.status)
         elif self._training:
             return
@@ -337,6 +345,7 @@ class Agent:
             try:
                 report: TrainReport = from_plain(TrainReport, line["result"]["report"], "report")
                 self.outbox.put(training.grant, report)
+                self._train_ratio, self._sending_at = min(1e6, report.train_s / max(1e-6, report.promised_s)), 0.0
                 if self.keeper.manifest and not report.backed_off:
                     self.session.trained(self.keeper.manifest, self.keeper.store, training.plan, report.peak_bytes)
             except (EdgeError, OSError) as error:

@@ -100,6 +100,8 @@ class Join:
     table: Annotated[tuple[CostRow, ...], Range(0, 1024)]
     needs_bytes: Bytes = 0  # the least memory any row needs, for a device where none fits
     reason: Reason = ""  # why it cannot take part, if it cannot
+    train_ratio: Annotated[float, Range(0, 1e6)] = 0.0  # seconds of its last training over those promised; 0: none yet
+    uplink_bytes_per_s: Annotated[float, Range(0, 1e12)] = 0.0  # as its last update was sent; 0: none yet
 
 
 @dataclass(frozen=True)

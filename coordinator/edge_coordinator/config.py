@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edge_coordinator.methods.legend import DEPTHS, DISTRIBUTIONS
+from edge_coordinator.methods.method import Options
 from edge_coordinator.server_optimizer import OWN_RATES, SERVER_OPTIMIZERS, ServerSettings
 from edge_runtime.codecs import AUTO, CODECS
 from edge_runtime.errors import UsageError
@@ -57,6 +59,15 @@ class RunSection:
     server_momentum: float = 0.9  # of fedavgm; b1 of fedadam and fedyogi
     server_beta2: float = 0.99  # of fedadam and fedyogi, as tau
     server_tau: float = 1e-3
+    rank_distribution: str = "arithmetic"  # of the method legend, as the three below (`methods/method.py`)
+    rank_budget: int = 0
+    suffix_depths: str = "even"
+    waiting_share: float = 0.1
+
+    @property
+    def method_options(self) -> Options:
+        """What the methods that have a choice are told."""
+        return Options(self.rank_distribution, self.rank_budget, self.suffix_depths, self.waiting_share)
 
     @property
     def server_settings(self) -> ServerSettings:
@@ -179,6 +190,7 @@ def _check(config: FleetConfig, path: Path) -> None:
         if not (0 if key == "pause_s" else 1e-3) <= getattr(run, key) <= 1e9:
             raise UsageError(f"{path}: [run] {key} must be above 0 and below 1e9 seconds, it is {getattr(run, key)}")
     _check_server(run, path)
+    _check_options(run, path)
     if len(model.labels) < 2 or len(set(model.labels)) != len(model.labels):
         raise UsageError(f"{path}: [model] labels must name at least two different classes")
     if len(model.labels) > 4096 or max(map(len, model.labels)) > 200:
@@ -191,6 +203,16 @@ def _check(config: FleetConfig, path: Path) -> None:
         raise UsageError(f"{path}: [broker] kind must be embedded or external, it is {config.broker.kind!r}")
     if not 0 <= config.broker.port <= 65535:
         raise UsageError(f"{path}: [broker] port must be 0 to 65535, it is {config.broker.port}")
+
+
+def _check_options(run: RunSection, path: Path) -> None:
+    for key, known in (("rank_distribution", DISTRIBUTIONS), ("suffix_depths", DEPTHS)):
+        if getattr(run, key) not in known:
+            raise UsageError(f"{path}: [run] {key} must be one of {', '.join(known)}, it is {getattr(run, key)!r}")
+    if not 0 <= run.rank_budget <= 1_000_000:
+        raise UsageError(f"{path}: [run] rank_budget must be 0 to 1000000, it is {run.rank_budget}")
+    if not 0 <= run.waiting_share <= 1:
+        raise UsageError(f"{path}: [run] waiting_share must be from 0 to 1, it is {run.waiting_share}")
 
 
 def _check_server(run: RunSection, path: Path) -> None:
@@ -261,6 +283,10 @@ server_learning_rate = 0.0    # 0: the optimizer's own, 1 for fedavg and fedavgm
 server_momentum = 0.9         # of fedavgm, and the first beta of fedadam and fedyogi
 server_beta2 = 0.99           # of fedadam and fedyogi, as tau
 server_tau = 0.001
+rank_distribution = "arithmetic"  # of legend: arithmetic, uniform, halving or decreasing ranks over the blocks
+rank_budget = 0               # of legend, the sum of all blocks' ranks; 0: of the arithmetic one up to lora_rank
+suffix_depths = "even"        # of legend: depths that make devices end together; or "deepest", what fits each
+waiting_share = 0.1           # of legend: how much of a round's time devices may wait on average
 
 [train]                       # the same for every device
 epochs = 1                    # local epochs a round

@@ -205,16 +205,16 @@ class Models:
         return self._publish(base, base_blob, after(base.tensors), after(base.adapters), method)
 
     def with_adapters(
-        self, base: Manifest, base_blob: bytes, settings: TrainSettings | None, method: str
+        self, base: Manifest, base_blob: bytes, settings: TrainSettings | None, method: str, ranks: Sequence[int] = ()
     ) -> tuple[Manifest, bytes] | None:
         """The model as a run begins with it: other adapters merged into its matrices, and fresh ones; None if it is so already.
 
-        Args: settings: of a run that exchanges adapters; None for one that does not.
+        Args: settings: of a run that exchanges adapters, None for one that does not; ranks: of each block, if not the run's.
 
         Raises:
             UsageError: a target is no linear layer of the model.
         """
-        wanted = adapter_tensors(base.spec, settings) if settings else ()
+        wanted = adapter_tensors(base.spec, settings, ranks) if settings else ()
         times = scale(settings) if settings else 0.0
         there = tuple(TensorSpec(t.name, t.shape, t.part) for t in base.adapters)
         if there == tuple(wanted) and base.adapter_scale == times:

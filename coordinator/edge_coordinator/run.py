@@ -61,7 +61,9 @@ class Run:
         self._tally: Tally | None = None  # of the newest round
         self.method = METHODS[config.run.method]
         if self.method.adapters:
-            adapter_tensors(self.manifest.spec, config.train)  # says at once if there are no such targets
+            adapter_tensors(
+                self.manifest.spec, config.train, self._ranks()
+            )  # says at once if there are no such targets
         self._deadline = now  # of the newest round's phase, by the server's clock
         self.epoch = self._resume(now)
 
@@ -146,10 +148,14 @@ class Run:
         self._emit({"event": "round-opened", "run": self.name, "round": number, "model_version": version})
         return "opened"
 
+    def _ranks(self) -> tuple[int, ...]:
+        """Of the adapters in each block; empty: the run's rank in all."""
+        return self.method.block_ranks(self.manifest.num_blocks, self.config.train, self.config.run.method_options)
+
     def _prepared(self) -> tuple[Manifest, bytes] | None:
         """The model with the adapters that the run's method wants; None if it has them."""
         name, settings = self.config.run.method, self.config.train if self.method.adapters else None
-        return self.models.with_adapters(self.manifest, self.manifest_blob, settings, name)
+        return self.models.with_adapters(self.manifest, self.manifest_blob, settings, name, self._ranks())
 
     def _prepare(self) -> None:
         """Publish the model as a version of its own where the method wants other adapters than it has."""
@@ -174,6 +180,7 @@ class Run:
             number=state.number,
             num_blocks=self.manifest.num_blocks,
             settings=train,
+            options=self.config.run.method_options,
         )
         planned: list[Member] = []
         for device, choice in chosen.items():

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def adapter_tensors(spec: ModelSpec, settings: TrainSettings) -> Sequence[TensorSpec]:
-    """A and B of every matrix that the run adapts, at its rank, in the model's order.
+def adapter_tensors(spec: ModelSpec, settings: TrainSettings, ranks: Sequence[int] = ()) -> Sequence[TensorSpec]:
+    """A and B of every matrix that the run adapts, in the model's order: at its rank, or at those of `ranks` by block.
 
     Raises:
         UsageError: a target is no linear layer of the model.
     """
     row = CostRow(spec.num_blocks, False, 1, 0, 0.0, 0.0, 0, rank=settings.lora_rank)
-    return [t for t in layout(spec, Plan(row, settings, 0, adapters="ab")) if t.part < spec.num_blocks]
+    return [t for t in layout(spec, Plan(row, settings, 0, tuple(ranks), "ab")) if t.part < spec.num_blocks]
 
 
 def fresh_a(seed: int, number: int, name: str, shape: tuple[int, ...]) -> Array:

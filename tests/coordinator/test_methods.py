@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_coordinator.methods import METHODS, SUMMARIES, configure_train
-from edge_coordinator.methods.method import Choice
+from edge_coordinator.methods.method import Choice, Options
 from edge_runtime.records import Budget, CostRow, TrainSettings
 from edge_runtime.wire import Join
 from tests.samples import BOOT, quickly
@@ -48,7 +48,9 @@ def join(
 def choices(method: str, joins: dict[str, Join], epochs: int = 1) -> dict[str, Choice]:
     """What each device is granted by a method that has no state yet; with adapters of rank 8 at most."""
     settings = TrainSettings(epochs=epochs, lora_rank=8 if METHODS[method].adapters else 0)
-    chosen, state = configure_train(method, {}, joins, number=1, num_blocks=BLOCKS, settings=settings)
+    chosen, state = configure_train(
+        method, {}, joins, number=1, num_blocks=BLOCKS, settings=settings, options=Options()
+    )
     assert json.loads(json.dumps(state)) == state
     return chosen
 

@@ -56,13 +56,14 @@ class World:
         timeout_s: float | None = None,
         codec: str = "f32",
         optimizer: str = "fedadam",  # one that has a state
+        method: str = "caff",
     ) -> Path:
         """A folder with fleet.toml."""
         path = init(
             self.folder / name, name="test", base=str(self.model), labels=LABELS, max_length=32, rounds=rounds, goal=goal, quorum=quorum, seed=3
         )  # fmt: skip
         text = path.read_text().replace('server_optimizer = "fedavg"', f'server_optimizer = "{optimizer}"')
-        text = text.replace('codec = "f32"', f'codec = "{codec}"')
+        text = text.replace('codec = "f32"', f'codec = "{codec}"').replace('method = "caff"', f'method = "{method}"')
         path.write_text(text.replace("report_timeout_s = 3600.0", f"report_timeout_s = {timeout_s or 3600.0}"))
         return path.parent
 
@@ -395,3 +396,18 @@ def test_the_choice_among_networks_goes_by_what_the_devices_can_train(
     assert main([*command, *options]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["mean_depth"], row["chosen"]) for row in rows] == [(1.0, False), (1.5, True)]
+
+
+def test_legend_gives_a_slow_device_fewer_blocks_and_a_stop_changes_nothing(world: World) -> None:
+    options = world.options(devices=3, classes="here:2,slow:1", partition="iid", dropout=0.0)
+    folders = [world.fleet(f"legend-{name}", method="legend") for name in ("whole", "stopped")]
+    simulate(folders[0], options)
+    seen: list[dict[str, Any]] = []
+    with pytest.raises(KeyboardInterrupt):
+        simulate(folders[1], options, seen.append, lambda: len(seen) < 2)
+    simulate(folders[1], options)
+    assert rounds_of(folders[0]) == rounds_of(folders[1])
+    assert tensors(folders[0]) == tensors(folders[1])
+    for round_ in rounds_of(folders[0])[1:]:
+        depths = {row["class"]: row["depth"] for row in round_["devices"]}
+        assert depths["slow"] < depths["here"]

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from edge_coordinator.methods import baselines, caff, flexlora, flora, hetlora, lora
-from edge_coordinator.methods.method import Choice, Cohort, Configure, Method, State, by_table
+from edge_coordinator.methods import baselines, caff, flexlora, flora, hetlora, legend, lora
+from edge_coordinator.methods.method import Choice, Cohort, Configure, Method, Options, State, by_table
 from edge_runtime.codecs import CODECS
 from edge_runtime.records import CostRow, TrainSettings
 from edge_runtime.wire import Join
@@ -41,13 +41,21 @@ METHODS: dict[str, Method] = {
     "hetlora": hetlora.METHOD,
     "flexlora": flexlora.METHOD,
     "flora": flora.METHOD,
+    "legend": legend.METHOD,
 }
 SUMMARIES: dict[str, str] = {name: method.summary for name, method in METHODS.items()}
 DEFAULT_RANK = 8  # of a method with adapters, where fleet.toml names none
 
 
 def configure_train(
-    name: str, state: State, joins: Mapping[str, Join], *, number: int, num_blocks: int, settings: TrainSettings
+    name: str,
+    state: State,
+    joins: Mapping[str, Join],
+    *,
+    number: int,
+    num_blocks: int,
+    settings: TrainSettings,
+    options: Options,
 ) -> tuple[dict[str, Choice], State]:
     """What each device of a cohort trains, and the method's next state.
 
@@ -67,6 +75,6 @@ def configure_train(
         device: feasible([row for row in join.table if usable(row)], join.budget, settings.epochs)
         for device, join in joins.items()
     }
-    choices, after = method.configure(state, Cohort(number, joins, tables, num_blocks, settings))
+    choices, after = method.configure(state, Cohort(number, joins, tables, num_blocks, settings, options))
     why = f"{name} leaves out a device with these budgets"
     return {device: c if c.row or c.why else replace(c, why=why) for device, c in choices.items()}, after

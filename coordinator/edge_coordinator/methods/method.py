@@ -26,6 +26,23 @@ Tables = Mapping[str, Sequence[CostRow]]
 
 
 @dataclass(frozen=True)
+class Options:
+    """What fleet.toml says to the methods that have a choice, in [run].
+
+    Attributes:
+        rank_distribution: of LEGEND, one of `legend.DISTRIBUTIONS`.
+        rank_budget: of LEGEND, the sum of the ranks of all blocks; 0: that of the arithmetic one up to the run's rank.
+        suffix_depths: of LEGEND, "even" (its own rule) or "deepest" (CAFF's).
+        waiting_share: of LEGEND, how much of a round's time devices may wait on average.
+    """
+
+    rank_distribution: str = "arithmetic"
+    rank_budget: int = 0
+    suffix_depths: str = "even"
+    waiting_share: float = 0.1
+
+
+@dataclass(frozen=True)
 class Cohort:
     """What a method knows when it plans a round.
 
@@ -39,6 +56,7 @@ class Cohort:
     tables: Tables
     num_blocks: int
     settings: TrainSettings
+    options: Options
 
 
 @dataclass(frozen=True)
@@ -109,6 +127,12 @@ class Collected(Protocol):
 
 Configure = Callable[[State, Cohort], tuple[Mapping[str, Choice], State]]
 Aggregate = Callable[[State, Collected], tuple[Iterator[Change], State]]
+BlockRanks = Callable[[int, TrainSettings, Options], tuple[int, ...]]
+
+
+def one_rank(num_blocks: int, settings: TrainSettings, options: Options) -> tuple[int, ...]:
+    """The run's rank in all blocks."""
+    return ()
 
 
 def averaged(state: State, collected: Collected) -> tuple[Iterator[Change], State]:
@@ -125,6 +149,7 @@ class Method:
         configure: the plans of a cohort.
         aggregate: the changes of the model, one at a time, and the next state.
         adapters: what of LoRA adapters devices train and send: "ab", "b" (A stays), or "" (the blocks themselves).
+        block_ranks: the rank of the published adapters of each block, from input to output; empty: the run's in all.
         keeps_updates: `aggregate` needs the updates themselves, so that they stay on disk until the round closes; else they
             are summed up as they come.
         remakes_adapters: A and B get another basis each round, so what a codec left out of them cannot be sent later.
@@ -134,6 +159,7 @@ class Method:
     configure: Configure
     aggregate: Aggregate = averaged
     adapters: str = ""
+    block_ranks: BlockRanks = one_rank
     keeps_updates: bool = False
     remakes_adapters: bool = False
 

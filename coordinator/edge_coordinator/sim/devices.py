@@ -23,11 +23,11 @@ from edge_coordinator.sim.clock import Clock
 from edge_coordinator.sim.data import cut
 from edge_coordinator.sim.pool import Pool
 from edge_coordinator.sim.residuals import Residuals
-from edge_runtime.codecs import CODECS
+from edge_runtime.codecs import CODECS, update_bytes
 from edge_runtime.cost import Calibration, DataShape
 from edge_runtime.engine import Engine
 from edge_runtime.errors import DoesNotFit
-from edge_runtime.layout import A
+from edge_runtime.layout import A, layout
 from edge_runtime.manifest import Manifest, StoredTensor
 from edge_runtime.model import ModelSpec
 from edge_runtime.planner import choose, cost_table, offered_ranks
@@ -235,13 +235,15 @@ class VirtualFleet:
             reason, row["status"] = str(error), "unable"
         least = min(r.peak_bytes for r in table)
         examples = device.data.num_examples
-        join = Join(round_.run, round_.round, BOOT, examples, budget, table, least, reason[:500])
+        join = Join(
+            round_.run, round_.round, BOOT, examples, budget, table, least, reason[:500], 1.0, device.uplink_bytes_per_s
+        )
         self._send(device, "join", join)
 
     def _granted(self, device: VirtualDevice, grant: Grant) -> None:
         row, chosen = self.rows[device.name], grant.plan.chosen
         train_s = chosen.total_s(grant.plan.settings.epochs)
-        upload_s = chosen.upload_bytes / device.uplink_bytes_per_s
+        upload_s = planned_bytes(self._manifest, grant) / device.uplink_bytes_per_s
         row |= {"status": "planned", "depth": chosen.depth, "rank": chosen.rank, "checkpointing": chosen.checkpointing, "micro_batch": chosen.micro_batch,
                 "peak_bytes": chosen.peak_bytes, "train_s": round(train_s, 6), "upload_s": round(upload_s, 6)}  # fmt: skip
         due_s = self.clock.now_s + train_s + upload_s
@@ -339,6 +341,12 @@ class VirtualFleet:
         """A number from 0 to 1 that depends on the seed, the round and the device alone."""
         assert self._round, "chance decides within rounds"
         return chance(self._seed, what, self._round.round, device.name, number)
+
+
+def planned_bytes(manifest: Manifest | None, grant: Grant) -> int:
+    """The bytes of the update that a plan is for: of its own ranks, which may be below those of its row."""
+    assert manifest, "a plan is for the model that is served"
+    return update_bytes(layout(manifest.spec, grant.plan), grant.plan.chosen.codec)
 
 
 def _work(grant: Grant, device: VirtualDevice) -> str:
