@@ -40,16 +40,22 @@ HEAP = {
 }
 
 
-def model_job(job: str, spec: ModelSpec, weights: Mapping[str, MappedTensor]) -> dict[str, Any]:
-    """The fields of a worker's job that describe a model."""
-    places = {t.name: weights[t.name] for t in spec.tensors}
+def model_job(
+    job: str, spec: ModelSpec, weights: Mapping[str, MappedTensor], adapters: Mapping[str, MappedTensor] | None = None
+) -> dict[str, Any]:
+    """The fields of a worker's job that describe a model. Args: adapters: A and B that training begins from."""
+
+    def places(tensors: Mapping[str, MappedTensor]) -> dict[str, Any]:
+        return {name: (w.path, w.offset, w.shape, w.dtype) for name, w in tensors.items()}
+
     return {
         "job": job,
         "family": spec.family,
         "config": dict(spec.config),
         "labels": list(spec.labels),
         "max_length": spec.max_length,
-        "weights": {name: (w.path, w.offset, w.shape, w.dtype) for name, w in places.items()},
+        "weights": places({t.name: weights[t.name] for t in spec.tensors}),
+        "adapters": places(adapters or {}),
     }
 
 
