@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from edge_runtime.codecs import check_codec, pick_codec
-from edge_runtime.cost import Calibration, DataShape, cost, micro_batches
+from edge_runtime.cost import GRAPH_BACKEND, Calibration, DataShape, cost, micro_batches
 from edge_runtime.errors import DoesNotFit, UsageError
 from edge_runtime.layout import sent
 from edge_runtime.model import ModelSpec
@@ -64,7 +64,7 @@ def cost_table(
     LoRA, as in a plan.
     """
     rows = []
-    for depth in range(spec.num_blocks + 1):
+    for depth in range(deepest_promised(spec, calibration) + 1):
         tensors = sent(spec, depth, (settings.lora_rank,) * depth, settings.lora_targets, adapters)
         codec = pick_codec(tensors, settings.codec, budget.upload_bytes)
         for checkpointing in (False, True) if depth else (False,):
@@ -79,6 +79,11 @@ def cost_table(
             fast = min(r.step_s for r in fitting) * (1 + NO_SLOWER)
             rows.append(min((r for r in fitting if r.step_s <= fast), key=lambda r: r.peak_bytes))
     return rows
+
+
+def deepest_promised(spec: ModelSpec, calibration: Calibration) -> int:
+    """The deepest suffix whose peak can be told: the head alone where there was no memory to measure a block."""
+    return 0 if calibration.backend == GRAPH_BACKEND and not calibration.block_peaks else spec.num_blocks
 
 
 def over_budget(row: CostRow, budget: Budget, epochs: int) -> str:
