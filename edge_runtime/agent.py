@@ -22,11 +22,12 @@ from typing import Any
 from edge_runtime.codecs import CODECS
 from edge_runtime.errors import ConnectionFailed, DoesNotFit, EdgeError, StoreError, TrainingFailed, WireError
 from edge_runtime.keeper import Emit, ModelKeeper
-from edge_runtime.layout import misfit
+from edge_runtime.layout import layout, misfit, scale
+from edge_runtime.manifest import Manifest
 from edge_runtime.outbox import Outbox
 from edge_runtime.planner import choose, mib, over_budget, shrink
 from edge_runtime.records import CostRow, Plan, TrainReport
-from edge_runtime.residual import line_of
+from edge_runtime.residual import feedback_job
 from edge_runtime.session import Session
 from edge_runtime.topics import Topics
 from edge_runtime.training.optimizers import OPTIMIZERS
@@ -225,7 +226,7 @@ class Agent:
         if self._joined_at and now - self._joined_at < REPEAT_JOIN_S:
             return
         self._say("measuring")
-        could = self.session.could_do(manifest, self.keeper.store, round_.settings)
+        could = self.session.could_do(manifest, self.keeper.store, round_.settings, round_.adapters)
         reason = ""
         try:
             choose(could.rows, could.budget, round_.settings.epochs)
@@ -270,11 +271,15 @@ class Agent:
             self._joined_at = 0.0  # the model is still on its way: ask again when it is here
             return
         try:
-            could = self.session.could_do(manifest, self.keeper.store, grant.plan.settings)
+            could = self.session.could_do(manifest, self.keeper.store, grant.plan.settings, grant.plan.adapters)
         except (EdgeError, OSError) as error:
             self._decline(grant, str(error))
             return
-        if reason := _impossible(grant.plan, could.rows) or misfit(could.spec, grant.plan):
+        if (
+            reason := _impossible(grant.plan, could.rows)
+            or misfit(could.spec, grant.plan)
+            or _strange(grant.plan, manifest)
+        ):
             self._decline(grant, reason)
             return
         ours, most = could.ours(grant.plan), could.budget.upload_bytes
@@ -295,13 +300,8 @@ class Agent:
         job = self.session.job(self.keeper.manifest, self.keeper.store, plan)
         job |= {"update": str(self.outbox.draft.absolute()), "round": f"{grant.run}/{grant.round}"}
         if CODECS[plan.chosen.codec].sparse:
-            residual = self.outbox.residual
-            job["residual"] = {
-                "kept": str(residual.kept.absolute()),
-                "draft": str(residual.draft.absolute()),
-                "line": line_of(grant.run, self.keeper.manifest),
-                "round": grant.round,
-            }
+            kept, draft = self.outbox.residual.kept, self.outbox.residual.draft
+            job["residual"] = feedback_job(kept, draft, grant.run, grant.round, self.keeper.manifest)
         worker = Worker(job, limit_bytes=limit_bytes, threads=self.session.threads, nice=NICENESS)
         self._training = Training(grant, plan, worker, attempt, limit_bytes)
         chosen = plan.chosen
@@ -370,9 +370,10 @@ class Agent:
         if self.keeper.manifest and error.out_of_memory:
             self.session.killed(self.keeper.manifest, self.keeper.store, training.plan, training.limit_bytes)
         if (error.out_of_memory or error.killed) and training.attempt < MAX_ATTEMPTS and self.keeper.manifest:
-            could = self.session.could_do(self.keeper.manifest, self.keeper.store, training.plan.settings)
+            plan = training.plan
+            could = self.session.could_do(self.keeper.manifest, self.keeper.store, plan.settings, plan.adapters)
             smaller_bytes = int(promised * SHRINK)
-            smaller = shrink(training.plan, could.rows_within(smaller_bytes), smaller_bytes)
+            smaller = shrink(plan, could.rows_within(smaller_bytes), smaller_bytes)
             if smaller:
                 self._start(training.grant, smaller, could.budget.memory_bytes, training.attempt + 1)
                 return True
@@ -430,4 +431,20 @@ def _impossible(plan: Plan, rows: tuple[CostRow, ...]) -> str:
         return "the plan does not hold together"
     if plan.chosen.codec not in CODECS:
         return f"the plan's codec {plan.chosen.codec!r} is not known here: update edge-runtime on this device"
+    return ""
+
+
+def _strange(plan: Plan, manifest: Manifest) -> str:
+    """Why a plan, which holds together, is none for the model that is held; empty if it is one."""
+    if bool(plan.adapters) != bool(manifest.adapters):
+        return f"the plan's adapters are {plan.adapters!r}, the model has {len(manifest.adapters)} tensors of adapters"
+    if not plan.adapters:
+        return ""
+    if scale(plan.settings) != manifest.adapter_scale:
+        return "the plan scales adapters in another way than the model"
+    there = {t.name: t.shape for t in manifest.trainable}
+    for tensor in layout(manifest.spec, plan):
+        held = there.get(tensor.name, (0, 0))
+        if len(held) != len(tensor.shape) or any(size > most for size, most in zip(tensor.shape, held, strict=True)):
+            return f"the plan's {tensor.name} is {tensor.shape}, the model's {held}"
     return ""

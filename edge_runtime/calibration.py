@@ -54,7 +54,7 @@ def calibrate(
     """
     choices = _choices(source.spec, engine, data, settings, threads, budget_bytes)
     file = _file(cache, source.spec, engine, choices)
-    if known := _read(file, engine, settings.lora_rank):
+    if known := _read(file, engine, settings):
         return known
     limit = max(limit_bytes, LEAST_LIMIT)
     job = {**model_job("probe", source.spec, source.weights), **engine.job(cache), **choices, "limit": limit}
@@ -80,7 +80,7 @@ class Remembered:
 
     file: Path
     engine: Engine
-    rank: int  # of adapters
+    settings: TrainSettings
 
     def correct(self, *, promised_bytes: int, limit_bytes: int) -> Calibration | None:
         """After a process was killed at its limit, above its promise: promise more from now on. None if nothing was remembered."""
@@ -88,13 +88,13 @@ class Remembered:
 
     def relax(self, *, promised_bytes: int, peak_bytes: int) -> Calibration | None:
         """After a training that stayed below a corrected promise: take a little of the correction back. None if there is none."""
-        known = _read(self.file, self.engine, self.rank)
+        known = _read(self.file, self.engine, self.settings)
         if known is None or known.correction <= 1 or peak_bytes * LEAST_CORRECTION >= promised_bytes:
             return None
         return self._scale(max(RELAXED, LEAST_CORRECTION * peak_bytes / promised_bytes))
 
     def _scale(self, factor: float) -> Calibration | None:
-        known = _read(self.file, self.engine, self.rank)
+        known = _read(self.file, self.engine, self.settings)
         if known is None:
             return None
         scaled = dataclasses.replace(known, correction=max(1.0, min(MOST_CORRECTION, known.correction * factor)))
@@ -113,8 +113,9 @@ def remembered(
     budget_bytes: int,
 ) -> Remembered:
     """The place of what `calibrate` with the same arguments remembers."""
-    choices = _choices(spec, engine, data, settings, threads, budget_bytes)
-    return Remembered(_file(cache, spec, engine, choices), engine, settings.lora_rank)
+    return Remembered(
+        _file(cache, spec, engine, _choices(spec, engine, data, settings, threads, budget_bytes)), engine, settings
+    )
 
 
 def _choices(
@@ -139,13 +140,13 @@ def _file(cache: Path, spec: ModelSpec, engine: Engine, choices: Mapping[str, ob
     return cache / "calibration" / f"{_key(spec, engine, choices)}.json"
 
 
-def _read(file: Path, engine: Engine, rank: int) -> Calibration | None:
+def _read(file: Path, engine: Engine, settings: TrainSettings) -> Calibration | None:
     """None where there is none, or a damaged one, or another engine's: it is measured again."""
     try:
         found = read_json(file)
         if found is not None:
             calibration: Calibration = from_plain(Calibration, found["calibration"], "calibration")
-            return calibration if _is_sound(calibration, engine, rank) else None
+            return calibration if _is_sound(calibration, engine, settings.lora_rank) else None
     except (StoreError, WireError, KeyError, TypeError):
         pass
     return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -32,7 +32,7 @@ from edge_runtime.codecs import (
     unpacked,
 )
 from edge_runtime.errors import TrainingFailed, WireError
-from edge_runtime.model import ModelSpec, TensorSpec
+from edge_runtime.model import TensorSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Random = np.random.Generator
@@ -178,7 +178,7 @@ def write_update(
     file: IO[bytes], codec_name: str, sizes: dict[str, int], deltas: Iterable[tuple[str, Array]], seed: int,
     feedback: Feedback | None = None,
 ) -> None:  # fmt: skip
-    """Encode a suffix's deltas, which come as flat pieces of tensors in the suffix's order.
+    """Encode deltas, which come as flat pieces of tensors in the order of the plan's layout.
 
     Args:
         sizes: number of values of each tensor by name.
@@ -222,15 +222,15 @@ def pack_file(source: Path, target: IO[bytes]) -> int:
     return target.tell()
 
 
-def read_update(path: Path, spec: ModelSpec, depth: int, codec_name: str) -> Iterator[tuple[TensorSpec, int, Array]]:
-    """The sections of an update's tensors in the suffix's order: tensor, where in it the section begins, float32 values.
+def read_update(path: Path, layout: Sequence[TensorSpec], codec_name: str) -> Iterator[tuple[TensorSpec, int, Array]]:
+    """The sections of an update's tensors in the layout's order: tensor, where in it the section begins, float32 values.
 
     Raises:
         WireError: it is not such an update; said of the first section that shows it, or at the end.
     """
     with path.open("rb") as file:
         source = _Unpacked(file) if codec_name.endswith(PACKED) else file
-        for tensor in spec.suffix(depth):
+        for tensor in layout:
             codec, start = CODECS[unpacked(codec_name)].of(tensor.size), 0
             for count in section_sizes(tensor.size):
                 try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from edge_runtime.errors import ModelError, WireError
+from edge_runtime.layout import A, B
 from edge_runtime.model import EMBED, ModelSpec, TensorSpec, load_family
 from edge_runtime.records import Count, Name, Range, Sha256
 from edge_runtime.store import BlobStore
@@ -21,6 +22,7 @@ from edge_runtime.wire import MAX_MANIFEST_BYTES, pack, unpack_as
 FORMAT = 1
 MAX_TENSOR_BYTES = 8 << 30
 MAX_GRAPHS_BYTES = 16 << 20
+MAX_RANK = 1024  # of an adapter, as in a plan
 Dimension = Annotated[int, Range(0, 1 << 40)]
 
 
@@ -60,6 +62,8 @@ class Manifest:
     parent: Annotated[bytes, Range(0, 32)] = b""
     graphs: Annotated[bytes, Range(0, 32)] = b""  # the graph set that devices without torch train with
     graphs_bytes: Annotated[int, Range(0, MAX_GRAPHS_BYTES)] = 0
+    adapters: Annotated[tuple[StoredTensor, ...], Range(0, 8192)] = ()  # A and B of LoRA, for what devices train next
+    adapter_scale: Annotated[float, Range(0, 1e6)] = 0.0  # the model's weights are those above + adapter_scale * B A
 
     @property
     def spec(self) -> ModelSpec:
@@ -68,17 +72,29 @@ class Manifest:
         shape = (self.num_blocks, self.hidden, self.heads, self.feed_forward)
         return ModelSpec(self.family, json.loads(self.config_json), self.labels, self.max_length, *shape, tensors)
 
+    @property
+    def trainable(self) -> tuple[TensorSpec, ...]:
+        """All that an update may hold, in an order that every update keeps: the model's, adapters before the head."""
+        adapters = tuple(TensorSpec(t.name, t.shape, t.part) for t in self.adapters)
+        tensors = self.spec.tensors
+        head = next(i for i, t in enumerate(tensors) if t.part == self.num_blocks)
+        return tensors[:head] + adapters + tensors[head:]
+
     def blobs(self) -> dict[bytes, int]:
         """Every blob the version consists of, with its size: the tensors, the tokenizer and the graph set."""
-        sizes = {t.blob: t.num_bytes for t in self.tensors}
+        sizes = {t.blob: t.num_bytes for t in (*self.tensors, *self.adapters)}
         sizes[self.tokenizer] = self.tokenizer_bytes
         if self.graphs:
             sizes[self.graphs] = self.graphs_bytes
         return sizes
 
     def mapped(self, store: BlobStore) -> dict[str, MappedTensor]:
-        """Where the tensors lie in a store that holds them."""
+        """Where the tensors lie in a store that holds them, without what adapters add to them."""
         return {t.name: MappedTensor(str(store.path(t.blob)), 0, t.shape) for t in self.tensors}
+
+    def mapped_adapters(self, store: BlobStore) -> dict[str, MappedTensor]:
+        """Where A and B lie, by name."""
+        return {t.name: MappedTensor(str(store.path(t.blob)), 0, t.shape) for t in self.adapters}
 
 
 def make_manifest(
@@ -148,7 +164,7 @@ def decode_manifest(data: bytes) -> Manifest:
         raise WireError("the manifest's config must be a flat map of numbers and texts")
     if any(isinstance(v, float) and not math.isfinite(v) for v in config.values()):
         raise WireError("the manifest's config has a number that is not finite")
-    names = [t.name for t in manifest.tensors]
+    names = [t.name for t in (*manifest.tensors, *manifest.adapters)]
     if len(set(names)) != len(names) or len(set(manifest.labels)) != len(manifest.labels):
         raise WireError("the manifest names a tensor or a label twice")
     parts = {t.part for t in manifest.tensors}
@@ -156,15 +172,33 @@ def decode_manifest(data: bytes) -> Manifest:
         raise WireError("the manifest's tensors do not cover its blocks and head")
     if any(t.num_bytes > MAX_TENSOR_BYTES for t in manifest.tensors):
         raise WireError("a tensor of the manifest is absurdly large")
+    _check_adapters(manifest)
     sizes: dict[bytes, int] = {manifest.tokenizer: manifest.tokenizer_bytes}
     if manifest.graphs and (len(manifest.graphs) != 32 or not manifest.graphs_bytes):
         raise WireError("the manifest's graph set has no proper hash or size")
     if manifest.graphs and sizes.setdefault(manifest.graphs, manifest.graphs_bytes) != manifest.graphs_bytes:
         raise WireError("the manifest gives one blob two sizes")
-    for t in manifest.tensors:
+    for t in (*manifest.tensors, *manifest.adapters):
         if sizes.setdefault(t.blob, t.num_bytes) != t.num_bytes:
             raise WireError("the manifest gives one blob two sizes")
     return manifest
+
+
+def _check_adapters(manifest: Manifest) -> None:
+    """Whether the adapters are pairs of A (rank, inputs) and B (outputs, rank), in the order of their matrices."""
+    blocks = (t for t in manifest.tensors if 0 <= t.part < manifest.num_blocks)
+    matrices = {t.name.removesuffix(".weight"): t for t in blocks if len(t.shape) == 2 and t.name.endswith(".weight")}
+    stems = [t.name.removesuffix(A) for t in manifest.adapters[::2]]
+    order = [stem for stem in matrices if stem in set(stems)]
+    if stems != order or len(manifest.adapters) != 2 * len(stems):
+        raise WireError("the manifest's adapters are not those of its matrices, in their order")
+    for stem, a, b in zip(stems, manifest.adapters[::2], manifest.adapters[1::2], strict=True):
+        matrix, rank = matrices[stem], a.shape[0] if a.shape else 0
+        fits = (a.shape, b.shape) == ((rank, matrix.shape[1]), (matrix.shape[0], rank)) and 1 <= rank <= MAX_RANK
+        if (a.name, b.name) != (stem + A, stem + B) or {a.part, b.part} != {matrix.part} or not fits:
+            raise WireError(f"the manifest's adapter of {stem} does not fit its matrix")
+    if bool(manifest.adapters) != (manifest.adapter_scale > 0):
+        raise WireError("the manifest has adapters without a scale, or a scale without adapters")
 
 
 def check_family(manifest: Manifest, allowed: tuple[str, ...]) -> ModelSpec:

@@ -17,6 +17,7 @@ from edge_runtime.model import ModelSpec
 from edge_runtime.records import Budget, CostRow, Plan, TrainSettings
 from edge_runtime.training.optimizers import OPTIMIZERS
 
+MAX_ROWS = 512  # of a table in a fleet, of at most 200 bytes each: a join is below its 128 KiB
 NO_SLOWER = 0.05  # of a step's predicted seconds: less is not worth memory
 
 
@@ -56,20 +57,27 @@ def cost_table(
     budget: Budget,
     cached: bool = False,
     adapters: str = "ab",
+    ranks: Sequence[int] = (),
 ) -> list[CostRow]:
-    """One row for every suffix depth, without and with gradient checkpointing, each with its best micro-batch and codec.
+    """One row for every suffix depth and rank, without and with gradient checkpointing, each with its best micro-batch and codec.
 
     Best is the smallest among the fastest (within NO_SLOWER) that fit the memory budget, else the smallest. Depth 0 (the head) has nothing to checkpoint.
     The codec is the settings', or for "auto" the finest whose update is within the upload budget. `adapters`: what is sent of
-    LoRA, as in a plan.
+    LoRA, as in a plan; `ranks`: of the adapters in all blocks of a suffix, none above `settings.lora_rank`, which it is if there are none.
     """
     rows = []
-    for depth in range(deepest_promised(spec, calibration) + 1):
-        tensors = sent(spec, depth, (settings.lora_rank,) * depth, settings.lora_targets, adapters)
+    suffixes = [
+        (depth, rank)
+        for depth in range(1, deepest_promised(spec, calibration) + 1)
+        for rank in ranks or (settings.lora_rank,)
+    ]
+    for depth, rank in [(0, 0), *suffixes]:
+        of_blocks = (rank,) * depth
+        tensors = sent(spec, depth, of_blocks, settings.lora_targets, adapters)
         codec = pick_codec(tensors, settings.codec, budget.upload_bytes)
         for checkpointing in (False, True) if depth else (False,):
             tried = [
-                cost(spec, data, settings, calibration, depth, checkpointing, size, cached, codec, (), adapters)
+                cost(spec, data, settings, calibration, depth, checkpointing, size, cached, codec, of_blocks, adapters)
                 for size in micro_batches(min(settings.batch_size, data.num_examples))
             ]
             fitting = [row for row in tried if row.peak_bytes <= budget.memory_bytes]
@@ -86,6 +94,19 @@ def deepest_promised(spec: ModelSpec, calibration: Calibration) -> int:
     return 0 if calibration.backend == GRAPH_BACKEND and not calibration.block_peaks else spec.num_blocks
 
 
+def offered_ranks(spec: ModelSpec, settings: TrainSettings, adapters: str) -> tuple[int, ...]:
+    """The ranks that a device's table has in a fleet: the run's, half of it, and so on to 1, as far as MAX_ROWS goes.
+
+    Empty where no adapters are exchanged.
+    """
+    found: list[int] = []
+    rank = settings.lora_rank if adapters else 0
+    while rank and len(found) < max(1, (MAX_ROWS - 1) // (2 * spec.num_blocks)):
+        found.append(rank)
+        rank //= 2
+    return tuple(found)
+
+
 def over_budget(row: CostRow, budget: Budget, epochs: int) -> str:
     """Why a row does not fit, in words; empty if it fits."""
     reasons = []
@@ -99,8 +120,9 @@ def over_budget(row: CostRow, budget: Budget, epochs: int) -> str:
 
 
 def feasible(rows: Sequence[CostRow], budget: Budget, epochs: int) -> list[CostRow]:
-    """The rows that fit all budgets, best first: deepest, then fastest."""
-    return sorted((r for r in rows if not over_budget(r, budget, epochs)), key=lambda r: (-r.depth, r.epoch_s))
+    """The rows that fit all budgets, best first: deepest, of the highest rank, then fastest."""
+    fitting = (r for r in rows if not over_budget(r, budget, epochs))
+    return sorted(fitting, key=lambda r: (-r.depth, -r.rank, r.epoch_s))
 
 
 def choose(rows: Sequence[CostRow], budget: Budget, epochs: int) -> CostRow:
@@ -126,15 +148,20 @@ def make_plan(row: CostRow, data: DataShape, settings: TrainSettings) -> Plan:
 
 
 def shrink(plan: Plan, rows: Sequence[CostRow], memory_bytes: int) -> Plan | None:
-    """A granted plan made to fit what memory there is now: the same depth, in smaller pieces. None if that is impossible."""
+    """A granted plan made to fit what memory there is now: the same depth and rank, in smaller pieces. None if that is impossible.
+
+    A row of a higher rank serves a lower one, which needs no more.
+    """
     if plan.chosen.peak_bytes <= memory_bytes:
         return plan
-    smaller = [r for r in rows if r.depth == plan.chosen.depth and r.peak_bytes <= memory_bytes]
+    asked = plan.chosen
+    enough = [r for r in rows if r.depth == asked.depth and r.rank >= asked.rank and bool(r.rank) == bool(asked.rank)]
+    smaller = [r for r in enough if r.peak_bytes <= memory_bytes]
     if not smaller:
         return None
-    chosen = replace(
-        min(smaller, key=lambda r: r.epoch_s), codec=plan.chosen.codec, upload_bytes=plan.chosen.upload_bytes
-    )  # what is sent stays as granted
+    nearest = min(smaller, key=lambda r: (r.rank, r.epoch_s))
+    # what is sent stays as granted
+    chosen = replace(nearest, rank=asked.rank, codec=asked.codec, upload_bytes=asked.upload_bytes)
     return replace(plan, chosen=chosen)
 
 

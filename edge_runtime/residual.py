@@ -73,6 +73,12 @@ class Residual:
                 path.unlink(missing_ok=True)
 
 
+def feedback_job(kept: Path, draft: Path, run: str, round_: int, manifest: Manifest) -> dict[str, Any]:
+    """What a training process is told of error feedback: its job's "residual"."""
+    places = {"kept": str(kept.absolute()), "draft": str(draft.absolute())}
+    return {**places, "line": line_of(run, manifest), "round": round_}
+
+
 def line_of(run: str, manifest: Manifest) -> str:
     """What the versions of one run from one base model have in common, and no others: a hash, as hex."""
     shape = [(t.name, t.shape, t.part) for t in manifest.tensors]
@@ -100,7 +106,8 @@ class ErrorFeedback:
         self._file: IO[bytes] | None = None
         with contextlib.suppress(OSError, WireError, ValueError, RecursionError):
             self._file = kept.open("rb")
-            self._places = _places(self._file, line, round_)
+            found = _places(self._file, line, round_)  # an adapter of another rank than before has nothing to add
+            self._places = {n: place for n, place in found.items() if sizes.get(n, place[1]) == place[1]}
         self._others = [name for name in self._places if name not in sizes]
         names = (*sizes, *self._others)
         counts = tuple(sizes[n] if n in sizes else self._places[n][1] for n in names)

@@ -19,7 +19,7 @@ from edge_runtime.engine import Engine, EngineOptions, check_options, find_engin
 from edge_runtime.local import DataOptions, prepare
 from edge_runtime.manifest import Manifest
 from edge_runtime.model import ModelSpec
-from edge_runtime.planner import cost_table, smaller_rows
+from edge_runtime.planner import cost_table, offered_ranks, smaller_rows
 from edge_runtime.records import Budget, CostRow, DeviceProfile, Plan, TrainSettings
 from edge_runtime.source import Checkpoint, Source
 from edge_runtime.store import BlobStore
@@ -38,6 +38,7 @@ class CouldDo:
     settings: TrainSettings
     calibration: Calibration
     cached: bool
+    adapters: str = ""  # what of LoRA the fleet exchanges
 
     def ours(self, plan: Plan) -> Plan:
         """A granted plan with the cost that this device computes for it, whatever the grant says."""
@@ -60,7 +61,8 @@ class CouldDo:
     def rows_within(self, memory_bytes: int) -> tuple[CostRow, ...]:
         """The table for another memory budget."""
         budget = replace(self.budget, memory_bytes=memory_bytes)
-        return tuple(cost_table(self.spec, self.data, self.settings, self.calibration, budget, self.cached))
+        what = (self.spec, self.data, self.settings, self.calibration, budget, self.cached, self.adapters)
+        return tuple(cost_table(*what, offered_ranks(self.spec, self.settings, self.adapters)))
 
 
 class Session:
@@ -97,23 +99,25 @@ class Session:
         return {
             "plan": to_plain(plan),
             "smaller": to_plain(rows) if self._memory == "auto" else [],
-            **model_job("train", manifest.spec, manifest.mapped(store)),
+            **model_job(
+                "train", manifest.spec, manifest.mapped(store), manifest.mapped_adapters(store), manifest.adapter_scale
+            ),
             **made.engine.job(self._cache),
             "corpus": str(made.corpus),
             "test_corpus": None,
             "threads": self.threads,
         }
 
-    def could_do(self, manifest: Manifest, store: BlobStore, settings: TrainSettings) -> CouldDo:
-        """The cost table for a round's settings.
+    def could_do(self, manifest: Manifest, store: BlobStore, settings: TrainSettings, adapters: str = "") -> CouldDo:
+        """The cost table for a round's settings. Args: adapters: what of LoRA the fleet exchanges, as in a plan.
 
         Raises:
             DataError, MissingExtra, TrainingFailed: the data cannot be read, no backend is here, the probe failed.
         """
         made = self._prepare(manifest, store, settings)
         budget, cached = self.budget(), made.engine.cached
-        rows = cost_table(manifest.spec, made.data, settings, made.calibration, budget, cached)
-        return CouldDo(tuple(rows), budget, made.data, manifest.spec, settings, made.calibration, cached)
+        could = CouldDo((), budget, made.data, manifest.spec, settings, made.calibration, cached, adapters)
+        return replace(could, rows=could.rows_within(budget.memory_bytes))
 
     def killed(self, manifest: Manifest, store: BlobStore, plan: Plan, limit_bytes: int) -> None:
         """A process was killed at its limit, above its promise: promise more for this model from now on."""

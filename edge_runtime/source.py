@@ -111,6 +111,8 @@ def _length(asked: int | None, config: Mapping[str, ConfigValue], own_length: in
 def open_source(checkpoint: Checkpoint, labels: Sequence[str] | None, scratch: Path) -> Source:
     """Where the checkpoint's tensors lie, with a head of zeros in `scratch` where it has none for these labels.
 
+    A fleet's adapters are merged, so that the weights are all of the model.
+
     Raises:
         ModelError: the checkpoint is damaged, or has no head and no labels are given.
     """
@@ -126,7 +128,7 @@ def open_source(checkpoint: Checkpoint, labels: Sequence[str] | None, scratch: P
             raise ModelError(
                 f"{checkpoint.folder} lacks {len(missing)} blobs of its model: let the agent fetch them again"
             )
-        weights = checkpoint.manifest.mapped(store)
+        weights = _whole(checkpoint.manifest, store, scratch)
         metadata = {"model_version": str(checkpoint.manifest.version), "method": checkpoint.manifest.method}
         spec = module.describe(spec.config, labels, checkpoint.max_length)
         graphs = store.path(checkpoint.manifest.graphs) if checkpoint.manifest.graphs else None
@@ -138,6 +140,16 @@ def open_source(checkpoint: Checkpoint, labels: Sequence[str] | None, scratch: P
         if checkpoint.labels is None or tensor.name not in weights:
             weights[tensor.name] = zeros(scratch, tensor.shape)
     return Source(spec, weights, checkpoint.tokenizer, metadata, base, graphs)
+
+
+def _whole(manifest: Manifest, store: BlobStore, scratch: Path) -> dict[str, MappedTensor]:
+    """An agent's weights, with what the fleet's adapters add to them in files below `scratch`."""
+    weights = manifest.mapped(store)
+    if not manifest.adapters:
+        return weights
+    from edge_runtime.merge import merged
+
+    return merged(manifest.spec, weights, manifest.mapped_adapters(store), manifest.adapter_scale, scratch)
 
 
 def resolve(reference: str, progress: Callable[[str], None]) -> Path:

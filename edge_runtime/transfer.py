@@ -154,6 +154,11 @@ class Sender:
         self.sent_bytes = 0
         self._pending: deque[BlobRange] = deque()
 
+    @property
+    def idle(self) -> bool:
+        """Nothing is asked for."""
+        return not self._pending
+
     def ask(self, ranges: Iterable[BlobRange]) -> list[bytes]:
         """Queue what the peer needs; -> the blobs that are not here. What is over the bound is dropped: it will ask again."""
         absent = []

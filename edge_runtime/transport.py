@@ -8,6 +8,7 @@ Delivery is at least once while connected and nothing across a disconnect: whate
 from __future__ import annotations
 
 import queue
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,7 +216,7 @@ class LocalTransport:
 
     def __init__(self, broker: LocalBroker, user: str, filters: Iterable[str], *, will: Will | None = None) -> None:
         self.broker, self.user, self.filters, self.will = broker, user, list(filters), will
-        self.inbox: list[Event] = []
+        self.inbox: deque[Event] = deque()
 
     def start(self) -> None:
         self.broker.clients[self.user] = self
@@ -231,7 +232,7 @@ class LocalTransport:
             self.broker.deliver(topic, payload, retain)
 
     def next_event(self, timeout_s: float) -> Event | None:
-        return self.inbox.pop(0) if self.inbox else None
+        return self.inbox.popleft() if self.inbox else None
 
     def in_flight(self) -> int:
         return 0
@@ -243,7 +244,7 @@ class LocalTransport:
     def break_connection(self) -> None:
         """As if the network failed: the will is published, what was queued is lost."""
         self.stop()
-        self.inbox = [Disconnected("the connection was broken")]
+        self.inbox = deque([Disconnected("the connection was broken")])
         if self.will:
             self.broker.deliver(self.will.topic, self.will.payload, retain=True)
 

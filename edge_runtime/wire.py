@@ -85,6 +85,7 @@ class Round:
     method: Name
     settings: TrainSettings
     join_within_s: Seconds
+    adapters: Annotated[str, Range(0, 8)] = ""  # what of LoRA adapters is sent, as in a plan
 
 
 @dataclass(frozen=True)

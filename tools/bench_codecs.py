@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_coordinator.aggregate import Update, apply, check_update, fold
+from edge_coordinator.aggregate import Update, apply, check_update, fold, mean_changes
 from edge_models import hub
 from edge_runtime.codecs import CODECS, PACKED, update_bytes
 from edge_runtime.console import note, run_main
@@ -192,9 +192,9 @@ class Fleet:
         for round_ in range(1, self.args.rounds + 1):
             updates = [self.update(depth, codec, model, round_, number, place) for number in range(self.args.devices)]
             sent += [update.path.stat().st_size for update in updates]
-            partial = fold(self.spec, None, updates, place / "sum")
+            partial = fold(self.spec.tensors, None, updates, place / "sum")
             paths = {name: self.store.path(blob) for name, blob in model.items()}
-            model |= apply(self.spec, partial, paths, self.store)
+            model |= apply(mean_changes(self.spec.tensors, partial), paths, self.store)
         backend = GraphBackend(self.spec, self.mapped(model), self.plan(depth, codec, 0, 0), self.graphs,
                                self.args.threads, self.scratch)  # fmt: skip
         right = accuracy(backend, self.test, BATCH)
@@ -234,8 +234,8 @@ class Fleet:
                 pays = pack_file(path, file) <= PACKED_PAYS * path.stat().st_size
             if pays:
                 path, name = packed, codec + PACKED
-        update = Update(str(number), path, len(self.corpora[number]), depth, name)
-        if reason := check_update(self.spec, update):
+        update = Update(str(number), path, len(self.corpora[number]), self.spec.suffix(depth), name)
+        if reason := check_update(update):
             raise EdgeError(f"the coordinator would refuse this update: {reason}")
         return update
 

@@ -8,14 +8,15 @@ one more, and in `apply` one tensor. numpy only; no torch, no network, no ledger
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_coordinator.methods.method import Change
 from edge_runtime.codecs import misfit, section_sizes, unpacked, update_bytes
 from edge_runtime.errors import ModelError, StoreError, WireError
-from edge_runtime.model import ModelSpec
+from edge_runtime.model import TensorSpec
 from edge_runtime.store import BlobStore, atomic_writer
 
 if TYPE_CHECKING:
@@ -34,12 +35,12 @@ assert MAX_MEMBERS * MAX_EXAMPLES * int(MAX_DELTA) << SCALE_BITS < 1 << 63
 
 @dataclass(frozen=True)
 class Update:
-    """A device's update on this disk: the deltas of the suffix's tensors one after the other, in its codec."""
+    """A device's update on this disk: the deltas of its plan's tensors (`edge_runtime/layout.py`) in its codec."""
 
     device: str
     path: Path
     num_examples: int
-    depth: int
+    layout: tuple[TensorSpec, ...]
     codec: str = "f32"  # as it was offered
 
 
@@ -51,18 +52,18 @@ class Partial:
     weights: Mapping[str, int]  # examples behind each tensor
 
 
-def check_update(spec: ModelSpec, update: Update) -> str:
+def check_update(update: Update) -> str:
     """Why an update cannot be added; empty if it can. Reads it once, a section at a time."""
     import numpy as np
 
     from edge_runtime.encoding import read_update
 
     size, planned = update.path.stat().st_size, unpacked(update.codec)
-    expected = update_bytes(spec.suffix(update.depth), planned)
+    expected = update_bytes(update.layout, planned)
     if misfit(update.codec, size, planned, expected):
         return f"the update has {size} bytes, its plan {expected}"
     try:
-        for tensor, _, delta in read_update(update.path, spec, update.depth, update.codec):
+        for tensor, _, delta in read_update(update.path, update.layout, update.codec):
             if np.abs(delta).max(initial=0.0) > MAX_DELTA:
                 return f"{tensor.name} changed by more than {MAX_DELTA:g}"
     except WireError as error:
@@ -70,63 +71,101 @@ def check_update(spec: ModelSpec, update: Update) -> str:
     return ""
 
 
-def fold(spec: ModelSpec, partial: Partial | None, updates: Sequence[Update], out: Path) -> Partial:
+def fold(tensors: Sequence[TensorSpec], partial: Partial | None, updates: Sequence[Update], out: Path) -> Partial:
     """Add updates to a partial sum, into a new file; the old one stays.
+
+    Args:
+        tensors: those to sum up, in the order that all layouts keep; others in an update are passed over.
 
     Raises:
         StoreError: what was checked before is not there any more as it was.
     """
     for start in range(0, max(1, len(updates)), AT_ONCE):
-        partial = _fold(spec, partial, updates[start : start + AT_ONCE], out)
+        partial = _fold(tensors, partial, updates[start : start + AT_ONCE], out)
     assert partial
     return partial
 
 
-def _fold(spec: ModelSpec, partial: Partial | None, updates: Sequence[Update], out: Path) -> Partial:
+def _fold(tensors: Sequence[TensorSpec], partial: Partial | None, updates: Sequence[Update], out: Path) -> Partial:
     import numpy as np
 
-    weights = dict(partial.weights) if partial else {}
+    weights, wanted = dict(partial.weights) if partial else {}, {t.name: t.shape for t in tensors}
+    readers: list[tuple[set[str], int, Iterator[Array]]] = []
     for update in updates:
-        for tensor in spec.suffix(update.depth):
-            weights[tensor.name] = weights.get(tensor.name, 0) + update.num_examples
-    old = _sum_offsets(spec, partial.weights) if partial else {}
-    readers = [(update, _sections(spec, update)) for update in updates]
+        assert all(wanted.get(t.name, t.shape) == t.shape for t in update.layout), "what is summed up has one shape"
+        names = {t.name for t in update.layout} & set(wanted)
+        for name in names:
+            weights[name] = weights.get(name, 0) + update.num_examples
+        readers.append((names, update.num_examples, _sections(update, names)))
+    old = _sum_offsets(tensors, partial.weights) if partial else {}
     with atomic_writer(out) as file:
-        for tensor in spec.tensors:
+        for tensor in tensors:
             if tensor.name not in weights:
                 continue
-            trained = [(u, r) for u, r in readers if tensor.part >= spec.num_blocks - u.depth]
+            trained = [(examples, reader) for names, examples, reader in readers if tensor.name in names]
             start = 0
             for count in section_sizes(tensor.size):
                 if partial and tensor.name in old:
                     total = np.array(_mapped(partial.path, old[tensor.name] + 8 * start, count, "<i8"))
                 else:
                     total = np.zeros(count, np.int64)
-                for update, reader in trained:
+                for examples, reader in trained:
                     delta = next(reader).astype(np.float64)
-                    total += np.rint(delta * (1 << SCALE_BITS)).astype(np.int64) * update.num_examples
+                    total += np.rint(delta * (1 << SCALE_BITS)).astype(np.int64) * examples
                 file.write(total.astype("<i8", copy=False).tobytes())
                 start += count
     return Partial(out, weights)
 
 
-def apply(spec: ModelSpec, partial: Partial, base: Mapping[str, Path], store: BlobStore) -> dict[str, bytes]:
-    """New tensors = base + weighted mean of the deltas; -> the hash of each changed tensor, put into the store."""
+def mean_changes(tensors: Sequence[TensorSpec], partial: Partial) -> Iterator[Change]:
+    """The weighted mean of the deltas of each tensor that has a weight, flat float64, one tensor at a time."""
+    import numpy as np
+
+    offsets = _sum_offsets(tensors, partial.weights)
+    for tensor in tensors:
+        if weight := partial.weights.get(tensor.name, 0):
+            total = _mapped(partial.path, offsets[tensor.name], tensor.size, "<i8")
+            yield Change(tensor.name, total.astype(np.float64) / (weight * (1 << SCALE_BITS)))
+
+
+def apply(
+    changes: Iterable[Change],
+    base: Mapping[str, Path],
+    store: BlobStore,
+    step: Callable[[str, Array], Array] = lambda name, values: values,
+) -> dict[str, bytes]:
+    """New tensors = base + change, taken one at a time; -> the hash of each changed tensor, put into the store.
+
+    Args:
+        base: where the tensors lie that may change, float32.
+        step: the server optimizer, from a tensor's name and change, flat float64, to the change that is made.
+
+    Raises:
+        ModelError: a tensor would not be finite.
+    """
     import numpy as np
 
     changed: dict[str, bytes] = {}
-    offsets = _sum_offsets(spec, partial.weights)
-    for tensor in spec.tensors:
-        weight = partial.weights.get(tensor.name, 0)
-        if not weight:
-            continue
-        total = _mapped(partial.path, offsets[tensor.name], tensor.size, "<i8")
-        mean = total.astype(np.float64) / (weight * (1 << SCALE_BITS))
-        new = (np.fromfile(base[tensor.name], "<f4").astype(np.float64) + mean).astype("<f4")
-        if not np.isfinite(new).all():
-            raise ModelError(f"{tensor.name} would not be finite: the model stays as it is")
-        changed[tensor.name] = store.put(new.tobytes())
+    for change in changes:
+        values = change.values.reshape(-1)
+        if not change.replaces:
+            values = np.fromfile(base[change.name], "<f4").astype(np.float64) + step(change.name, values)
+        changed[change.name] = store.put(finite(change.name, values).tobytes())
     return changed
+
+
+def finite(name: str, values: Array) -> Array:
+    """A tensor as little-endian float32.
+
+    Raises:
+        ModelError: it is not finite.
+    """
+    import numpy as np
+
+    new: Array = values.astype("<f4")
+    if not np.isfinite(new).all():
+        raise ModelError(f"{name} would not be finite: the model stays as it is")
+    return new
 
 
 def _mapped(path: Path, offset: int, size: int, dtype: str) -> Any:
@@ -138,21 +177,22 @@ def _mapped(path: Path, offset: int, size: int, dtype: str) -> Any:
         raise StoreError(f"{path} is cut short: the disk has lost bytes that were there") from None
 
 
-def _sum_offsets(spec: ModelSpec, weights: Mapping[str, int]) -> dict[str, int]:
+def _sum_offsets(tensors: Sequence[TensorSpec], weights: Mapping[str, int]) -> dict[str, int]:
     offsets, position = {}, 0
-    for tensor in spec.tensors:
+    for tensor in tensors:
         if tensor.name in weights:
             offsets[tensor.name] = position
             position += 8 * tensor.size
     return offsets
 
 
-def _sections(spec: ModelSpec, update: Update) -> Iterator[Array]:
-    """The sections of an update, tensor after tensor in the model's order."""
+def _sections(update: Update, names: set[str]) -> Iterator[Array]:
+    """The sections of an update's tensors of these names, in its order."""
     from edge_runtime.encoding import read_update
 
     try:
-        for _, _, delta in read_update(update.path, spec, update.depth, update.codec):
-            yield delta
+        for tensor, _, delta in read_update(update.path, update.layout, update.codec):
+            if tensor.name in names:
+                yield delta
     except (WireError, OSError) as error:
         raise StoreError(f"{update.path} is damaged: the disk has lost bytes that were there ({error})") from None

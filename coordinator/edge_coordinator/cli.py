@@ -196,6 +196,7 @@ def run_init(args: argparse.Namespace) -> int:
 def run_enroll(args: argparse.Namespace) -> int:
     """Enrol the devices, all or none, and write the files that let them in."""
     fleet = Fleet(args.fleet)
+    fleet.refuse_simulated()
     files = {device: (args.out or args.fleet / "devices") / f"{device}.toml" for device in args.device}
     if len(files) < len(args.device):
         raise UsageError("a device is named twice: name each once")
@@ -215,6 +216,7 @@ def run_serve(args: argparse.Namespace) -> int:
     from edge_coordinator.server_log import ServerLog
 
     fleet = Fleet(args.fleet)
+    fleet.refuse_simulated()
     log = print_json if args.json else ServerLog()
     with lock_folder(args.fleet, "a coordinator"), until_told_to_stop() as keep_going:
         models = fleet.models(note)
@@ -256,6 +258,7 @@ def run_broker(args: argparse.Namespace) -> int:
     from edge_coordinator.mosquitto import MosquittoProcess, write_config, write_passwords
 
     fleet = Fleet(args.fleet)
+    fleet.refuse_simulated()
     section = fleet.config.broker
 
     def ready(port: int) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edge_coordinator.server_optimizer import OWN_RATES, SERVER_OPTIMIZERS, ServerSettings
+from edge_runtime.codecs import AUTO, CODECS
 from edge_runtime.errors import UsageError
 from edge_runtime.planner import check_settings
 from edge_runtime.records import TrainSettings
@@ -50,6 +52,17 @@ class RunSection:
     join_timeout_s: float = 300.0
     report_timeout_s: float = 3600.0
     pause_s: float = 0.0  # between rounds
+    server_optimizer: str = "fedavg"  # what is made of the mean delta (`server_optimizer.py`)
+    server_learning_rate: float = 0.0  # 0 is the optimizer's own
+    server_momentum: float = 0.9  # of fedavgm; b1 of fedadam and fedyogi
+    server_beta2: float = 0.99  # of fedadam and fedyogi, as tau
+    server_tau: float = 1e-3
+
+    @property
+    def server_settings(self) -> ServerSettings:
+        """The server optimizer with its numbers."""
+        rate = self.server_learning_rate or OWN_RATES[self.server_optimizer]
+        return ServerSettings(self.server_optimizer, rate, self.server_momentum, self.server_beta2, self.server_tau)
 
 
 @dataclass(frozen=True)
@@ -108,7 +121,7 @@ def load_config(folder: Path) -> FleetConfig:
         folder=folder,
     )
     _check(config, path)
-    return config
+    return dataclasses.replace(config, train=_adapters(config, path))
 
 
 def _section(cls: type[Any], raw: dict[str, Any], name: str, path: Path) -> Any:
@@ -165,6 +178,7 @@ def _check(config: FleetConfig, path: Path) -> None:
     for key in ("join_timeout_s", "report_timeout_s", "pause_s"):
         if not (0 if key == "pause_s" else 1e-3) <= getattr(run, key) <= 1e9:
             raise UsageError(f"{path}: [run] {key} must be above 0 and below 1e9 seconds, it is {getattr(run, key)}")
+    _check_server(run, path)
     if len(model.labels) < 2 or len(set(model.labels)) != len(model.labels):
         raise UsageError(f"{path}: [model] labels must name at least two different classes")
     if len(model.labels) > 4096 or max(map(len, model.labels)) > 200:
@@ -177,6 +191,47 @@ def _check(config: FleetConfig, path: Path) -> None:
         raise UsageError(f"{path}: [broker] kind must be embedded or external, it is {config.broker.kind!r}")
     if not 0 <= config.broker.port <= 65535:
         raise UsageError(f"{path}: [broker] port must be 0 to 65535, it is {config.broker.port}")
+
+
+def _check_server(run: RunSection, path: Path) -> None:
+    if run.server_optimizer not in SERVER_OPTIMIZERS:
+        known = ", ".join(SERVER_OPTIMIZERS)
+        raise UsageError(f"{path}: [run] server_optimizer must be one of {known}, it is {run.server_optimizer!r}")
+    limits = {
+        "server_learning_rate": (0, 100),
+        "server_momentum": (0, 0.9999),
+        "server_beta2": (0, 0.9999),
+        "server_tau": (1e-12, 1),
+    }
+    for key, (low, high) in limits.items():
+        if not low <= getattr(run, key) <= high:
+            raise UsageError(f"{path}: [run] {key} must be from {low:g} to {high:g}, it is {getattr(run, key)}")
+
+
+def _adapters(config: FleetConfig, path: Path) -> TrainSettings:
+    """The settings with a rank where the method trains adapters.
+
+    Raises:
+        UsageError: a rank for a method that trains none, or a codec that does not suit the method.
+    """
+    from edge_coordinator.methods import DEFAULT_RANK, METHODS
+
+    name, train = config.run.method, config.train
+    method = METHODS[name]
+    if not method.adapters:
+        if train.lora_rank:
+            known = ", ".join(n for n, m in METHODS.items() if m.adapters)
+            raise UsageError(
+                f"{path}: [train] lora_rank must be 0 with the method {name}: adapters are trained by {known}"
+            )
+        return train
+    if method.remakes_adapters and (train.codec == AUTO or CODECS[train.codec].sparse):
+        dense = ", ".join(n for n, codec in CODECS.items() if not codec.sparse)
+        raise UsageError(
+            f"{path}: [train] codec must be one of {dense} with the method {name}, it is {train.codec!r}: what an update "
+            "leaves out would be added to adapters that are made anew each round"
+        )
+    return dataclasses.replace(train, lora_rank=train.lora_rank or DEFAULT_RANK)
 
 
 TEMPLATE = """\
@@ -201,6 +256,11 @@ overselection = 1.3           # devices admitted for each update wanted
 join_timeout_s = 300.0        # how long a round waits for devices to join; goes on at once when all that are online have
 report_timeout_s = 3600.0     # how long devices may train and send
 pause_s = 0.0                 # between rounds
+server_optimizer = "fedavg"   # what is made of the mean of the updates: fedavg, fedavgm, fedadam, fedyogi
+server_learning_rate = 0.0    # 0: the optimizer's own, 1 for fedavg and fedavgm, 0.003 for the others
+server_momentum = 0.9         # of fedavgm, and the first beta of fedadam and fedyogi
+server_beta2 = 0.99           # of fedadam and fedyogi, as tau
+server_tau = 0.001
 
 [train]                       # the same for every device
 epochs = 1                    # local epochs a round
@@ -209,8 +269,11 @@ learning_rate = {learning_rate}
 head_learning_rate = {head_learning_rate}
 weight_decay = 0.01
 optimizer = "adamw"           # adamw8bit, momentum and sgd need less memory
-lora_rank = 0                 # above 0 devices train LoRA adapters of this rank, without torch only
+lora_rank = 0                 # of the methods with LoRA adapters, the largest; 0 is 8 with them
+lora_alpha = 16.0             # adapters count lora_alpha / lora_rank times
+lora_targets = []             # layers that have adapters, such as "q", "v"; none named: all
 adapter_learning_rate = 0.002
+proximal_mu = 0.0             # above 0: FedProx, which holds local weights near those of the round's start
 codec = "f32"                 # of updates: f32, f16, int8, int4, topk10, topk1; "auto": the finest within a device's --upload
 seed = {seed}
 

@@ -1,6 +1,6 @@
 """A fleet's folder: fleet.toml, the ledger, the coordinator's own secret, and what is done to them from outside a run.
 
-    fleet.toml  ledger.db  coordinator.secret  store/  updates/  devices/NAME.toml
+    fleet.toml  ledger.db  coordinator.secret  store/  updates/  optimizer/  devices/NAME.toml
 
 Imports config, ledger and models; opens no network.
 """
@@ -27,6 +27,7 @@ from edge_runtime.topics import COORDINATOR, check_id
 
 SECRET_FILE = "coordinator.secret"
 LEDGER_FILE = "ledger.db"
+SIMULATED = "simulation"  # in the ledger: this folder is no real fleet's
 EVERYWHERE = ("0.0.0.0", "::", "")  # addresses to listen on that nobody can connect to
 
 
@@ -40,6 +41,14 @@ class Fleet:
         self._check_ledger()
         self._check_name()
         self._own_secret()
+
+    def refuse_simulated(self) -> None:
+        """Raises: UsageError: this folder is a simulation's."""
+        if self.ledger.get(SIMULATED) is not None:
+            raise UsageError(
+                f"{self.folder} is a simulation's, whose devices are made up: `edge-coordinator init` another folder for "
+                "a real fleet; `models --export` gives the simulation's model"
+            )
 
     def models(self, progress: Callable[[str], None]) -> Models:
         """The model versions; the first is imported when there is none yet.

@@ -18,7 +18,7 @@ from typing import Any
 from edge_runtime.errors import StoreError, UsageError
 from edge_runtime.store import disk_errors
 
-VERSION = 2  # 1 had no codec with a contribution
+VERSION = 3  # 1 had no codec with a contribution, 2 no state of a method
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS devices (
@@ -38,9 +38,16 @@ CREATE TABLE IF NOT EXISTS contributions (
     depth INTEGER NOT NULL, metrics TEXT NOT NULL, committed_at REAL NOT NULL, folded INTEGER NOT NULL DEFAULT 0,
     codec TEXT NOT NULL DEFAULT 'f32',
     PRIMARY KEY (run, round, device));
+CREATE TABLE IF NOT EXISTS method_states (
+    run TEXT NOT NULL, round INTEGER NOT NULL, method TEXT NOT NULL, state TEXT NOT NULL, PRIMARY KEY (run, round));
 CREATE TABLE IF NOT EXISTS partials (
     run TEXT NOT NULL, round INTEGER NOT NULL, blob BLOB NOT NULL, weights TEXT NOT NULL, members TEXT NOT NULL,
-    PRIMARY KEY (run, round));
+    PRIMARY KEY (run, round)); -- members: empty now, contributions.folded says who is in
+CREATE INDEX IF NOT EXISTS unfolded ON contributions (run, round, device) WHERE folded = 0;
+CREATE INDEX IF NOT EXISTS revoked ON devices (device) WHERE revoked;
+CREATE TABLE IF NOT EXISTS optimizer_states (
+    run TEXT NOT NULL, version INTEGER NOT NULL, optimizer TEXT NOT NULL, tensor TEXT NOT NULL, blob BLOB NOT NULL,
+    PRIMARY KEY (run, version, tensor));
 """
 
 
@@ -115,15 +122,16 @@ class Ledger:
     def _prepare(self, path: Path) -> None:
         known = self._rows("SELECT name FROM sqlite_master WHERE name = 'meta'")
         found = self.get("schema") if known else str(VERSION)
-        if found not in (None, "1", str(VERSION)):
+        if found not in (None, "1", "2", str(VERSION)):
             raise StoreError(
                 f"{path} is of schema {found}, this coordinator writes {VERSION}: use the version that made it"
             )
         with _sqlite_errors():
             self._db.executescript(SCHEMA)
-        if found == "1":
+        if found in ("1", "2"):
             with self.transaction():
-                self._write("ALTER TABLE contributions ADD COLUMN codec TEXT NOT NULL DEFAULT 'f32'")
+                if found == "1":
+                    self._write("ALTER TABLE contributions ADD COLUMN codec TEXT NOT NULL DEFAULT 'f32'")
                 self.put("schema", str(VERSION))
         if self.get("schema") is None:
             self.put("schema", str(VERSION))
@@ -254,6 +262,24 @@ class Ledger:
         rows = self.models()
         return rows[-1] if rows else None
 
+    # the server optimizer
+
+    def optimizer_states(self, run: str, version: int, optimizer: str) -> dict[str, bytes]:
+        """The blob of each tensor's state as of a model version; nothing of another optimizer or run."""
+        query = "SELECT tensor, blob FROM optimizer_states WHERE run = ? AND version = ? AND optimizer = ?"
+        return {row["tensor"]: row["blob"] for row in self._rows(query, (run, version, optimizer))}
+
+    def set_optimizer_states(self, run: str, version: int, optimizer: str, states: Mapping[str, bytes]) -> None:
+        """The states of a version, in the transaction that publishes it. Those of the version before stay, for a
+        simulation that rewinds to it; older ones go."""
+        self._write("DELETE FROM optimizer_states WHERE version < ?", (version - 1,))
+        for tensor, blob in states.items():
+            self._write("INSERT INTO optimizer_states VALUES (?, ?, ?, ?, ?)", (run, version, optimizer, tensor, blob))
+
+    def optimizer_blobs(self) -> set[bytes]:
+        """Every state that is kept."""
+        return {row["blob"] for row in self._rows("SELECT blob FROM optimizer_states")}
+
     # rounds
 
     def open_round(self, run: str, number: int, base_version: int, deadline: float, now: float) -> None:
@@ -296,8 +322,23 @@ class Ledger:
 
     def rewind(self, run: str, number: int) -> None:
         """Forget the rounds of a run after `number` and the models they made, for a simulation that goes on from there."""
-        for table in ("rounds", "members", "contributions", "partials", "models"):
+        for table in ("rounds", "members", "contributions", "partials", "models", "method_states"):
             self._write(f"DELETE FROM {table} WHERE run = ? AND round > ?", (run, number))
+        self._write("DELETE FROM optimizer_states WHERE version > (SELECT MAX(version) FROM models)")
+
+    # what a method remembers
+
+    def method_state(self, run: str, method: str) -> dict[str, Any]:
+        """The newest state of a run's method; {} if it has none, or if the run's method was another one then."""
+        rows = self._rows("SELECT * FROM method_states WHERE run = ? ORDER BY round DESC LIMIT 1", (run,))
+        state: dict[str, Any] = json.loads(rows[0]["state"]) if rows and rows[0]["method"] == method else {}
+        return state
+
+    def set_method_state(self, run: str, number: int, method: str, state: Mapping[str, Any]) -> None:
+        """The state as of a round: call within the transaction of what it belongs to. Those of earlier rounds stay."""
+        self._write(
+            "INSERT OR REPLACE INTO method_states VALUES (?, ?, ?, ?)", (run, number, method, json.dumps(dict(state)))
+        )
 
     # members and contributions
 
@@ -311,10 +352,13 @@ class Ledger:
     def members(self, run: str, number: int) -> dict[str, Member]:
         """The cohort by device, in order of their names."""
         rows = self._rows("SELECT * FROM members WHERE run = ? AND round = ? ORDER BY device", (run, number))
-        return {
-            r["device"]: Member(r["device"], r["status"], r["join_message"], r["nonce"], r["plan"], r["reason"])
-            for r in rows
-        }
+        return {r["device"]: _member(r) for r in rows}
+
+    def member(self, run: str, number: int, device: str) -> Member | None:
+        """One of the cohort."""
+        key = (run, number, device)
+        rows = self._rows("SELECT * FROM members WHERE run = ? AND round = ? AND device = ?", key)
+        return _member(rows[0]) if rows else None
 
     def contribute(self, run: str, number: int, item: Contribution, now: float) -> bool:
         """Commit an update; False if this device's is in already."""
@@ -339,33 +383,32 @@ class Ledger:
     def contributions(self, run: str, number: int) -> dict[str, Contribution]:
         """Committed updates by device."""
         rows = self._rows("SELECT * FROM contributions WHERE run = ? AND round = ? ORDER BY device", (run, number))
-        return {
-            r["device"]: Contribution(
-                r["device"],
-                r["blob"],
-                r["num_examples"],
-                r["depth"],
-                json.loads(r["metrics"]),
-                bool(r["folded"]),
-                r["codec"],
-            )
-            for r in rows
-        }
+        return {r["device"]: _contribution(r) for r in rows}
+
+    def contribution(self, run: str, number: int, device: str) -> Contribution | None:
+        """One device's committed update."""
+        key = (run, number, device)
+        rows = self._rows("SELECT * FROM contributions WHERE run = ? AND round = ? AND device = ?", key)
+        return _contribution(rows[0]) if rows else None
+
+    def unfolded(self, run: str, number: int) -> dict[str, Contribution]:
+        """Committed updates that no partial sum holds yet."""
+        query = (
+            "SELECT * FROM contributions INDEXED BY unfolded WHERE run = ? AND round = ? AND folded = 0 ORDER BY device"
+        )
+        return {r["device"]: _contribution(r) for r in self._rows(query, (run, number))}
 
     # partial sums
 
-    def partial(self, run: str, number: int) -> tuple[bytes, dict[str, int], list[str]] | None:
-        """-> (blob of the sums, weight of each tensor, the devices in it)."""
+    def partial(self, run: str, number: int) -> tuple[bytes, dict[str, int]] | None:
+        """-> (blob of the sums, weight of each tensor)."""
         rows = self._rows("SELECT * FROM partials WHERE run = ? AND round = ?", (run, number))
-        return (rows[0]["blob"], json.loads(rows[0]["weights"]), json.loads(rows[0]["members"])) if rows else None
+        return (rows[0]["blob"], json.loads(rows[0]["weights"])) if rows else None
 
-    def set_partial(self, run: str, number: int, blob: bytes, weights: Mapping[str, int], members: list[str]) -> None:
-        """The sum, its weights and its members, and that they are folded: call within one transaction."""
-        self._write(
-            "INSERT OR REPLACE INTO partials VALUES (?, ?, ?, ?, ?)",
-            (run, number, blob, json.dumps(weights), json.dumps(members)),
-        )
-        for device in members:
+    def set_partial(self, run: str, number: int, blob: bytes, weights: Mapping[str, int], fresh: Sequence[str]) -> None:
+        """The sum and its weights, and that the updates of these devices are in it now: call within one transaction."""
+        self._write("INSERT OR REPLACE INTO partials VALUES (?, ?, ?, ?, '')", (run, number, blob, json.dumps(weights)))
+        for device in fresh:
             self._write(
                 "UPDATE contributions SET folded = 1 WHERE run = ? AND round = ? AND device = ?", (run, number, device)
             )
@@ -378,3 +421,12 @@ class Ledger:
             *self._rows(f"SELECT blob FROM partials WHERE (run, round) IN {open_rounds}"),
         ]
         return {row["blob"] for row in rows}
+
+
+def _member(r: sqlite3.Row) -> Member:
+    return Member(r["device"], r["status"], r["join_message"], r["nonce"], r["plan"], r["reason"])
+
+
+def _contribution(r: sqlite3.Row) -> Contribution:
+    metrics, folded = json.loads(r["metrics"]), bool(r["folded"])
+    return Contribution(r["device"], r["blob"], r["num_examples"], r["depth"], metrics, folded, r["codec"])

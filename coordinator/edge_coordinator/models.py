@@ -1,23 +1,38 @@
 """Model versions: importing the first one, publishing the next, exporting any. Names, shapes and bytes; no torch.
 
 Tensors of published versions are blobs in `store/`, which any device of the fleet may fetch; updates are kept apart in
-`updates/`, which no device can read.
+`updates/`, and the server optimizer's states in `optimizer/`, which no device can read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edge_coordinator.aggregate import Partial, Update, apply, fold
+from edge_coordinator.aggregate import Partial, Update, apply, finite, fold
+from edge_coordinator.collected import CollectedRound, unpack
 from edge_coordinator.config import ModelSection
 from edge_coordinator.ledger import Contribution, Ledger, ModelRow
+from edge_coordinator.methods.method import Change, Method
+from edge_coordinator.server_optimizer import ServerOptimizer, ServerSettings
+from edge_coordinator.start_adapters import adapter_tensors, fresh_a
 from edge_runtime.errors import ModelError, StoreError, UsageError, WireError
 from edge_runtime.graphs.find import find_graphs
-from edge_runtime.manifest import Manifest, decode_manifest, encode_manifest, make_manifest
+from edge_runtime.layout import A, B, layout, scale
+from edge_runtime.manifest import Manifest, StoredTensor, decode_manifest, encode_manifest, make_manifest
+from edge_runtime.merge import merged, pieces
+from edge_runtime.model import TensorSpec
+from edge_runtime.records import Plan, TrainSettings
 from edge_runtime.source import Source, find_checkpoint, open_source, save_folder
 from edge_runtime.store import BlobStore, cache_folder
+from edge_runtime.wire import unpack_as
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
 
 KEEP_VERSIONS = 3  # besides the first; older ones keep their row in the ledger and lose their tensors
 FOLD_AT = 8  # committed updates that are summed up into one partial, so that disk use stays bounded
@@ -30,6 +45,7 @@ class Models:
         self.ledger = ledger
         self.store = BlobStore(folder / "store")
         self.updates = BlobStore(folder / "updates")
+        self.states = BlobStore(folder / "optimizer")  # of the server optimizer; no device can read these either
 
     def import_first(self, section: ModelSection, now: float, progress: Callable[[str], None]) -> Manifest:
         """Version 1: the base checkpoint with a head for the fleet's labels, cut into blobs."""
@@ -115,39 +131,121 @@ class Models:
             raise _damaged(manifest.version, wrong[0] + more)
 
     def fold(self, run: str, number: int, base: Manifest, committed: Mapping[str, Contribution]) -> Partial | None:
-        """Add every committed update that is not in the partial sum yet; sum, weights and members in one transaction."""
+        """Add the committed updates that are not in the partial sum yet; the sum and who is in it in one transaction."""
         found = self.ledger.partial(run, number)
         old_blob = found[0] if found else None
         partial = Partial(self.updates.path(found[0]), found[1]) if found else None
-        members = found[2] if found else []
-        fresh = [c for c in committed.values() if not c.folded]
+        fresh = {device: c for device, c in committed.items() if not c.folded}
         if not fresh:
             return partial
-        updates = [Update(c.device, self.updates.path(c.blob), c.num_examples, c.depth, c.codec) for c in fresh]
-        draft = self.updates.folder / "partial" / "sum.tmp"
-        made = fold(base.spec, partial, updates, draft)
-        blob = self.updates.adopt(draft)
+        made = fold(base.trainable, partial, self._updates(run, number, base, fresh), self._draft("close.sum"))
+        blob = self.updates.adopt(made.path)
         with self.ledger.transaction():
-            self.ledger.set_partial(run, number, blob, made.weights, sorted([*members, *(c.device for c in fresh)]))
-        for done in {c.blob for c in fresh} | ({old_blob} if old_blob and old_blob != blob else set()):
+            self.ledger.set_partial(run, number, blob, made.weights, list(fresh))
+        for done in {c.blob for c in fresh.values()} | ({old_blob} if old_blob and old_blob != blob else set()):
             self.updates.delete(done)
         return Partial(self.updates.path(blob), made.weights)
 
-    def next_version(self, base: Manifest, base_blob: bytes, partial: Partial, method: str) -> tuple[Manifest, bytes]:
-        """The model after a round: changed tensors as new blobs, and the manifest; not yet in the ledger."""
-        paths = {t.name: self.store.path(t.blob) for t in base.tensors}
-        changed = apply(base.spec, partial, paths, self.store)
-        blobs = {t.name: changed.get(t.name, t.blob) for t in base.tensors}
-        manifest = make_manifest(
-            base.spec,
-            blobs,
-            base.tokenizer,
-            base.tokenizer_bytes,
+    def optimizer(self, run: str, version: int, settings: ServerSettings) -> ServerOptimizer:
+        """The server optimizer with its states of a model version: none of another optimizer or another run."""
+        return ServerOptimizer(settings, self.ledger.optimizer_states(run, version, settings.name), self.states)
+
+    def collect(
+        self, run: str, number: int, base: Manifest, committed: Mapping[str, Contribution], method: Method, settings: TrainSettings
+    ) -> CollectedRound:  # fmt: skip
+        """What the devices made of a round, for the method: sums alone, or with the updates themselves.
+
+        Updates that are kept stay on the disk until the round is in the ledger, so that this may be repeated.
+        """
+        adapters = base.mapped_adapters(self.store)
+        if not method.keeps_updates:
+            partial = self.fold(run, number, base, committed)
+            assert partial is not None, "a round closes with at least one contribution"
+            return CollectedRound(number, settings, base.trainable, partial, adapters, ())
+        updates = self._updates(run, number, base, committed)
+        partial = fold(base.spec.tensors, None, updates, self._draft("close.sum"))
+        raw = [unpack(update, self._draft(f"close.{i}")) for i, update in enumerate(updates)]
+        return CollectedRound(number, settings, base.trainable, partial, adapters, raw)
+
+    def _updates(self, run: str, number: int, base: Manifest, committed: Mapping[str, Contribution]) -> list[Update]:
+        """Updates as the plans say that they are laid out, in the order of the devices' names."""
+        found = []
+        for device in sorted(committed):
+            item, member = committed[device], self.ledger.member(run, number, device)
+            assert member and member.plan is not None, "only planned devices contribute"
+            tensors = layout(base.spec, unpack_as(Plan, member.plan))
+            found.append(Update(device, self.updates.path(item.blob), item.num_examples, tensors, item.codec))
+        return found
+
+    def _draft(self, name: str) -> Path:
+        """A file that the next `clean` deletes."""
+        return self.updates.folder / "partial" / f"{name}.tmp"
+
+    def next_version(
+        self,
+        base: Manifest,
+        base_blob: bytes,
+        changes: Iterable[Change],
+        method: str,
+        optimizer: ServerOptimizer | None = None,
+    ) -> tuple[Manifest, bytes]:
+        """The model after changes, taken one at a time: changed tensors as new blobs, and the manifest; not yet in the ledger.
+
+        Args: optimizer: what the changes pass through.
+
+        Raises:
+            ModelError: a tensor would not be finite.
+        """
+        paths = {t.name: self.store.path(t.blob) for t in (*base.tensors, *base.adapters)}
+        changed = apply(changes, paths, self.store, *([optimizer.step] if optimizer else []))
+
+        def after(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
+            return [replace(t, blob=changed.get(t.name, t.blob)) for t in tensors]
+
+        return self._publish(base, base_blob, after(base.tensors), after(base.adapters), method)
+
+    def with_adapters(
+        self, base: Manifest, base_blob: bytes, settings: TrainSettings | None, method: str
+    ) -> tuple[Manifest, bytes] | None:
+        """The model as a run begins with it: other adapters merged into its matrices, and fresh ones; None if it is so already.
+
+        Args: settings: of a run that exchanges adapters; None for one that does not.
+
+        Raises:
+            UsageError: a target is no linear layer of the model.
+        """
+        wanted = adapter_tensors(base.spec, settings) if settings else ()
+        times = scale(settings) if settings else 0.0
+        there = tuple(TensorSpec(t.name, t.shape, t.part) for t in base.adapters)
+        if there == tuple(wanted) and base.adapter_scale == times:
+            return None
+        pairs, weights, tensors = base.mapped_adapters(self.store), base.mapped(self.store), list(base.tensors)
+        for i, t in enumerate(tensors):
+            stem = t.name.removesuffix(".weight")
+            if stem + A in pairs:
+                added = pieces(weights[t.name], pairs[stem + A], pairs[stem + B], base.adapter_scale)
+                tensors[i] = replace(t, blob=self.store.put(b"".join(piece.tobytes() for piece in added)))
+        adapters = []
+        for new in wanted:
+            assert settings, "wanted by them"
+            values = fresh_a(settings.seed, 0, new.name, new.shape) if new.name.endswith(A) else _zeros(new.shape)
+            blob = self.store.put(finite(new.name, values).tobytes())
+            adapters.append(StoredTensor(new.name, new.shape, new.part, blob))
+        return self._publish(base, base_blob, tensors, adapters, method, times)
+
+    def _publish(
+        self, base: Manifest, base_blob: bytes, tensors: Sequence[StoredTensor], adapters: Sequence[StoredTensor], method: str,
+        adapter_scale: float | None = None,
+    ) -> tuple[Manifest, bytes]:  # fmt: skip
+        """The manifest of the version after `base`."""
+        manifest = replace(
+            base,
             version=base.version + 1,
+            tensors=tuple(tensors),
+            adapters=tuple(adapters),
+            adapter_scale=base.adapter_scale if adapter_scale is None else adapter_scale,
             method=method,
             parent=base_blob,
-            graphs=base.graphs,
-            graphs_bytes=base.graphs_bytes,
         )
         return manifest, self.store.put(encode_manifest(manifest))
 
@@ -159,6 +257,7 @@ class Models:
                 wanted |= {row.manifest, *self.manifest(row).blobs()}
         self.store.keep_only(wanted)
         self.updates.keep_only(self.ledger.live_blobs())
+        self.states.keep_only(self.ledger.optimizer_blobs())
 
     def _kept(self) -> Sequence[ModelRow]:
         """The versions whose tensors are kept."""
@@ -166,7 +265,7 @@ class Models:
         return [*rows[:1], *rows[1:][-KEEP_VERSIONS:]]
 
     def export_folder(self, version: int, out: Path) -> None:
-        """Write a version as a checkpoint folder.
+        """Write a version as a checkpoint folder, its adapters merged into the matrices.
 
         Raises:
             UsageError: there is no such version; ModelError: its tensors are no longer kept; StoreError: they are damaged.
@@ -176,7 +275,15 @@ class Models:
             raise UsageError(f"there is no model version {version}; there are {', '.join(map(str, rows)) or 'none'}")
         manifest = self.manifest(rows[version])
         self.check(manifest)
-        save_folder(out, manifest.spec, manifest.mapped(self.store), self.store.path(manifest.tokenizer))
+        weights, adapters = manifest.mapped(self.store), manifest.mapped_adapters(self.store)
+        whole = merged(manifest.spec, weights, adapters, manifest.adapter_scale, cache_folder())
+        save_folder(out, manifest.spec, whole, self.store.path(manifest.tokenizer))
+
+
+def _zeros(shape: tuple[int, ...]) -> Array:
+    import numpy as np
+
+    return np.zeros(shape)
 
 
 def _damaged(version: int, what: str) -> StoreError:

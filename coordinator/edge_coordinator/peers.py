@@ -5,6 +5,7 @@ All of it can be lost: a device asks again after every reconnect. Bounded for ea
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from edge_runtime.store import BlobStore
@@ -37,33 +38,52 @@ class Peers:
     def __init__(self, models: BlobStore, updates: BlobStore) -> None:
         self._models, self._updates = models, updates
         self._peers: dict[str, Peer] = {}
+        self._busy: dict[str, None] = {}  # in order: who has said something that may not be done with
+        self._online: set[str] = set()
         self._turn: list[str] = []
 
     def get(self, device: str) -> Peer:
-        """The device's peer, made at its first word."""
+        """The device's peer, made at its first word; it is looked at until it `rest`s."""
         if device not in self._peers:
             self._peers[device] = Peer(device, Sender(self._models), Receiver(self._updates))
+        self._busy[device] = None
         return self._peers[device]
+
+    def heard(self, peer: Peer, status: Status) -> None:
+        """What a device says of itself."""
+        peer.status = status
+        (self._online.add if status.state == "online" else self._online.discard)(peer.device)
 
     def forget(self, device: str) -> None:
         """It was revoked: it is not there any more, whatever it said last."""
         self._peers.pop(device, None)
+        self._busy.pop(device, None)
+        self._online.discard(device)
 
-    def online(self) -> list[str]:
+    def online(self) -> Set[str]:
         """Devices that are there now."""
-        return [p.device for p in self._peers.values() if p.status and p.status.state == "online"]
+        return self._online
 
     def all(self) -> list[Peer]:
         """Every peer."""
         return list(self._peers.values())
 
+    def busy(self) -> list[Peer]:
+        """The peers that have something under way, or may have: work goes with these and not with the fleet."""
+        return [self._peers[device] for device in self._busy]
+
+    def rest(self, peer: Peer) -> None:
+        """If nothing of a peer is under way, it is not looked at until it says something."""
+        if peer.receiver.idle and peer.sender.idle and peer.status is peer.told:
+            self._busy.pop(peer.device, None)
+
     def next_chunk(self) -> tuple[str, bytes] | None:
         """The next chunk to send, device after device in turn."""
-        for _ in range(len(self._peers)):
+        for _ in range(len(self._busy)):
             if not self._turn:
-                self._turn = list(self._peers)
+                self._turn = list(self._busy)
             device = self._turn.pop()
-            if device in self._peers and (chunk := self._peers[device].sender.next_chunk()):
+            if device in self._busy and (chunk := self._peers[device].sender.next_chunk()):
                 return device, chunk
         return None
 

@@ -17,9 +17,11 @@ from typing import Any
 from edge_coordinator import rounds
 from edge_coordinator.aggregate import MAX_MEMBERS
 from edge_coordinator.config import FleetConfig
-from edge_coordinator.ledger import Ledger, Member
-from edge_coordinator.methods import configure_train
+from edge_coordinator.ledger import Contribution, Ledger, Member
+from edge_coordinator.methods import METHODS, configure_train
 from edge_coordinator.models import Models
+from edge_coordinator.start_adapters import adapter_tensors
+from edge_coordinator.tally import Tally
 from edge_runtime.cost import DataShape
 from edge_runtime.errors import StoreError
 from edge_runtime.manifest import Manifest
@@ -32,7 +34,10 @@ Emit = Callable[[dict[str, Any]], None]
 class Run:
     """The rounds of the run that fleet.toml names.
 
+    Raises UsageError if fleet.toml names targets of adapters that the model does not have.
+
     Attributes:
+        method: what plans and aggregates.
         manifest, manifest_blob: the newest model version and the hash of its manifest.
         epoch: counts the starts of this fleet's coordinator.
 
@@ -52,6 +57,11 @@ class Run:
         admit = min(MAX_MEMBERS, math.ceil(config.run.goal * config.run.overselection))
         timeouts = (config.run.join_timeout_s, config.run.report_timeout_s)
         self.rules = rounds.Rules(config.run.goal, config.run.quorum, admit, *timeouts)
+        self._server = config.run.server_settings
+        self._tally: Tally | None = None  # of the newest round
+        self.method = METHODS[config.run.method]
+        if self.method.adapters:
+            adapter_tensors(self.manifest.spec, config.train)  # says at once if there are no such targets
         self._deadline = now  # of the newest round's phase, by the server's clock
         self.epoch = self._resume(now)
 
@@ -66,23 +76,11 @@ class Run:
         last = self.ledger.last_round(self.name)
         if last is None:
             return None
-        members = self.ledger.members(self.name, last["round"]).values()
-        committed = self.ledger.contributions(self.name, last["round"])
-        revoked = self.ledger.revoked()
-        return rounds.RoundState(
-            last["round"],
-            last["state"],
-            self._deadline,
-            joined=sum(m.status in ("joined", "planned") for m in members),
-            unable=sum(m.status in ("unable", "excluded") for m in members),
-            planned=sum(m.plan is not None for m in members),
-            committed=len(committed),
-            present=present,
-            gave_up=sum(
-                m.plan is not None and m.device not in committed and (m.status == "gave-up" or m.device in revoked)
-                for m in members
-            ),
-        )
+        if self._tally is None or self._tally.number != last["round"]:
+            members = self.ledger.members(self.name, last["round"]).values()
+            self._tally = Tally(last["round"], members, self.ledger.contributions(self.name, last["round"]))
+        counts = self._tally.counts(self.ledger.revoked())
+        return rounds.RoundState(last["round"], last["state"], self._deadline, present=present, **counts)
 
     def advance(self, now: float, present: int) -> str:
         """Do what is due; -> "opened", "planned", "published", "failed", or "" when nothing was."""
@@ -102,6 +100,16 @@ class Run:
         """Write one member, durably."""
         with self.ledger.transaction():
             self.ledger.set_member(self.name, number, member)
+        if self._tally and self._tally.number == number:
+            self._tally.member(member)
+
+    def contribute(self, number: int, item: Contribution) -> bool:
+        """Commit an update, durably; False if this device's is in already."""
+        with self.ledger.transaction():
+            fresh = self.ledger.contribute(self.name, number, item, time.time())
+        if self._tally and self._tally.number == number:
+            self._tally.commit(item.device)
+        return fresh
 
     def _resume(self, now: float) -> int:
         """Take up where the ledger stands: one epoch more, and an open phase gets its time again."""
@@ -109,7 +117,11 @@ class Run:
             epoch = int(self.ledger.get("epoch") or 0) + 1
             self.ledger.put("epoch", str(epoch))
             last = self.ledger.last_round(self.name)
-            if last and last["state"] in ("joining", "collecting"):
+            if last and last["state"] == "joining" and self._prepared() is not None:
+                # nobody can join for a method whose adapters the model does not have, or not without them
+                reason = "fleet.toml names other adapters now than when this round was opened"
+                self._end_round(self.name, last["round"], "joining", "failed", reason)
+            elif last and last["state"] in ("joining", "collecting"):
                 time_s = self.rules.join_timeout_s if last["state"] == "joining" else self.rules.report_timeout_s
                 self._deadline = now + time_s
                 self.ledger.extend_round(self.name, last["round"], time.time() + time_s)
@@ -124,6 +136,7 @@ class Run:
         return epoch
 
     def _open(self, number: int, now: float) -> str:
+        self._prepare()
         opened = rounds.opened(number, self.rules, now)
         today = time.time()
         with self.ledger.transaction():
@@ -133,12 +146,35 @@ class Run:
         self._emit({"event": "round-opened", "run": self.name, "round": number, "model_version": version})
         return "opened"
 
+    def _prepared(self) -> tuple[Manifest, bytes] | None:
+        """The model with the adapters that the run's method wants; None if it has them."""
+        name, settings = self.config.run.method, self.config.train if self.method.adapters else None
+        return self.models.with_adapters(self.manifest, self.manifest_blob, settings, name)
+
+    def _prepare(self) -> None:
+        """Publish the model as a version of its own where the method wants other adapters than it has."""
+        prepared = self._prepared()
+        if prepared is None:
+            return
+        manifest, blob = prepared
+        with self.ledger.transaction():
+            self.ledger.add_model(manifest.version, blob, self.name, 0, {}, time.time())
+        self.manifest, self.manifest_blob = manifest, blob
+        self._emit({"event": "adapters-begun", "model_version": manifest.version, "tensors": len(manifest.adapters)})
+
     def _plan(self, state: rounds.RoundState, now: float) -> str:
         """The cohort is complete: the method plans for all of it at once."""
         members = self.ledger.members(self.name, state.number)
         joins = {d: read_join(m) for d, m in members.items() if m.status == "joined"}
-        train = self.config.train
-        chosen = configure_train(self.config.run.method, joins, self.manifest.num_blocks, train.epochs)
+        train, name = self.config.train, self.config.run.method
+        chosen, remembered = configure_train(
+            name,
+            self.ledger.method_state(self.name, name),
+            joins,
+            number=state.number,
+            num_blocks=self.manifest.num_blocks,
+            settings=train,
+        )
         planned: list[Member] = []
         for device, choice in chosen.items():
             if choice.row is None:
@@ -146,6 +182,7 @@ class Run:
                 continue
             settings = replace(train, seed=_seed(train.seed, state.number, device))
             plan = make_plan(choice.row, DataShape(joins[device].num_examples, 0, 0.0), settings)
+            plan = replace(plan, ranks=choice.ranks, adapters=self.method.adapters)
             planned.append(replace(members[device], status="planned", nonce=os.urandom(16), plan=pack(plan)))
         after = rounds.collecting(state, self.rules, sum(m.plan is not None for m in planned), now)
         today = time.time()
@@ -154,6 +191,8 @@ class Run:
             self.ledger.move_round(self.name, state.number, "joining", "collecting", until, today)
             for member in planned:
                 self.ledger.set_member(self.name, state.number, member)
+            self.ledger.set_method_state(self.name, state.number, name, remembered)
+        self._tally = None  # taken up anew
         self._deadline = after.deadline
         counts = {"planned": after.planned, "members": len(members)}
         self._emit({"event": "round-planned", "round": state.number, **counts})
@@ -164,16 +203,21 @@ class Run:
         if state.state == "collecting":
             self.ledger.move_round(self.name, state.number, "collecting", "closing", time.time(), time.time())
         committed = self.ledger.contributions(self.name, state.number)
-        partial = self.models.fold(self.name, state.number, self.manifest, committed)
-        assert partial is not None, "a round closes with at least one contribution"
-        method = self.config.run.method
-        manifest, blob = self.models.next_version(self.manifest, self.manifest_blob, partial, method)
+        name = self.config.run.method
+        collected = self.models.collect(
+            self.name, state.number, self.manifest, committed, self.method, self.config.train
+        )
+        changes, remembered = self.method.aggregate(self.ledger.method_state(self.name, name), collected)
+        optimizer = self.models.optimizer(self.name, self.manifest.version, self._server)
+        manifest, blob = self.models.next_version(self.manifest, self.manifest_blob, changes, name, optimizer)
         examples = sum(c.num_examples for c in committed.values())
         loss = sum(c.num_examples * c.metrics["last_loss"] for c in committed.values()) / examples
         metrics = {"members": sorted(committed), "num_examples": examples, "mean_loss": round(loss, 5)}
         with self.ledger.transaction():
             self._end_round(self.name, state.number, "closing", "published")
             self.ledger.add_model(manifest.version, blob, self.name, state.number, metrics, time.time())
+            self.ledger.set_optimizer_states(self.name, manifest.version, self._server.name, optimizer.states)
+            self.ledger.set_method_state(self.name, state.number, name, remembered)
         self.manifest, self.manifest_blob = manifest, blob
         self._emit({"event": "round-published", "round": state.number, "model_version": manifest.version, **metrics})
         return self._ended("published")

@@ -128,11 +128,12 @@ class Server:
     def tick(self) -> None:
         """What time and credit allow: requests, chunks, the next step of the round."""
         now = self.clock()
-        for peer in self.peers.all():
+        for peer in self.peers.busy():
             if need := peer.receiver.requests(now):
                 self._send(peer.device, "need", need)
             if peer.status is not peer.told:
                 self._report_late(peer)
+            self.peers.rest(peer)
         while self.transport.in_flight() < MAX_IN_FLIGHT and (chunk := self.peers.next_chunk()):
             self.transport.publish(self.topics.down(chunk[0], "c"), chunk[1])
         if now >= self._next_attempt and self._connected:
@@ -145,6 +146,7 @@ class Server:
     def _advance(self, now: float) -> None:
         happened = self.run.advance(now, len(self.peers.online()))
         if happened == "opened":
+            self._announce_model()  # the run may have begun with other adapters
             self._announce_round()
         elif happened == "planned":
             state = self.run.state()
@@ -203,7 +205,7 @@ class Server:
             self._offer(peer, body)
 
     def _status(self, peer: Peer, status: Status) -> None:
-        peer.status = status
+        self.peers.heard(peer, status)
         if status.state != "online":
             peer.sender.clear()
         self._report(peer, status)
@@ -240,7 +242,7 @@ class Server:
         ):
             self._ack(peer.device, join.run, join.round, "late", "this round is not open any more")
             return
-        member = self.ledger.members(self.run.name, state.number).get(peer.device)
+        member = self.ledger.member(self.run.name, state.number, peer.device)
         if state.state == "collecting":
             if member is None:
                 self._ack(peer.device, join.run, join.round, "late", "the round has begun: join the next one")
@@ -269,7 +271,7 @@ class Server:
 
     def _answer_member(self, member: Member, number: int) -> None:
         """What a device of the cohort is told: its plan, that its update is in, or why it has none."""
-        contribution = self.ledger.contributions(self.run.name, number).get(member.device)
+        contribution = self.ledger.contribution(self.run.name, number, member.device)
         if contribution:
             self._ack(member.device, self.run.name, number, "committed", blob=contribution.blob)
         elif member.plan is not None and member.nonce is not None:
@@ -287,7 +289,8 @@ class Server:
                 ),
             )
             self.emit({"event": "granted", "round": number, "device": member.device, "depth": plan.chosen.depth,
-                       "checkpointing": plan.chosen.checkpointing, "peak_bytes": plan.chosen.peak_bytes, "codec": plan.chosen.codec})  # fmt: skip
+                       "checkpointing": plan.chosen.checkpointing, "peak_bytes": plan.chosen.peak_bytes, "codec": plan.chosen.codec,
+                       "rank": plan.chosen.rank})  # fmt: skip
         else:
             self._ack(
                 member.device,
@@ -298,7 +301,7 @@ class Server:
             )
 
     def _offer(self, peer: Peer, offer: Offer) -> None:
-        contribution = self.ledger.contributions(offer.run, offer.round).get(peer.device)
+        contribution = self.ledger.contribution(offer.run, offer.round, peer.device)
         if contribution:
             self._ack(peer.device, offer.run, offer.round, "committed", blob=contribution.blob)
             return
@@ -317,7 +320,7 @@ class Server:
             self._commit(peer, offer)
 
     def _why_refuse(self, device: str, offer: Offer, number: int) -> str:
-        member = self.ledger.members(self.run.name, number).get(device)
+        member = self.ledger.member(self.run.name, number, device)
         if member is None or member.plan is None or member.nonce != offer.nonce:
             return "there is no plan with this lease"
         plan: Plan = unpack_as(Plan, member.plan)
@@ -345,11 +348,12 @@ class Server:
         if state is None or (offer.run, offer.round, state.state) != (self.run.name, state.number, "collecting"):
             self._too_late(peer, offer)
             return
-        member = self.ledger.members(self.run.name, offer.round)[peer.device]
-        assert member.plan is not None
-        depth = unpack_as(Plan, member.plan).chosen.depth
-        update = Update(peer.device, self.models.updates.path(offer.blob), offer.num_examples, depth, offer.codec)
-        if reason := check_update(self.run.manifest.spec, update):
+        member = self.ledger.member(self.run.name, offer.round, peer.device)
+        assert member and member.plan is not None
+        plan: Plan = unpack_as(Plan, member.plan)
+        depth, tensors = plan.chosen.depth, layout(self.run.manifest.spec, plan)
+        update = Update(peer.device, self.models.updates.path(offer.blob), offer.num_examples, tensors, offer.codec)
+        if reason := check_update(update):
             self._reject(peer, offer, reason)
             return
         metrics = {
@@ -359,16 +363,16 @@ class Server:
             "last_loss": offer.last_loss,
         }
         item = Contribution(peer.device, offer.blob, offer.num_examples, depth, metrics, False, offer.codec)
-        with self.ledger.transaction():
-            fresh = self.ledger.contribute(self.run.name, offer.round, item, time.time())
+        fresh = self.run.contribute(offer.round, item)
         peer.offer, peer.bad_hashes = None, 0
         self._ack(peer.device, self.run.name, offer.round, "committed", blob=offer.blob)
         if fresh:
             self.emit({"event": "committed", "round": offer.round, "device": peer.device, "depth": depth, "codec": offer.codec, "num_bytes": offer.num_bytes,
                        "num_examples": offer.num_examples, **metrics})  # fmt: skip
-        committed = self.ledger.contributions(self.run.name, offer.round)
-        if sum(not c.folded for c in committed.values()) >= FOLD_AT:
-            self.models.fold(self.run.name, offer.round, self.run.manifest, committed)
+        if not self.run.method.keeps_updates:
+            unfolded = self.ledger.unfolded(self.run.name, offer.round)
+            if len(unfolded) >= FOLD_AT:
+                self.models.fold(self.run.name, offer.round, self.run.manifest, unfolded)
 
     def _reject(self, peer: Peer, offer: Offer, reason: str) -> None:
         peer.receiver.cancel(offer.blob)
@@ -376,7 +380,7 @@ class Server:
         if offer.blob not in live:
             self.models.updates.delete(offer.blob)
         peer.offer, peer.bad_hashes = None, 0
-        member = self.ledger.members(self.run.name, offer.round).get(peer.device)
+        member = self.ledger.member(self.run.name, offer.round, peer.device)
         if member and member.plan is not None and member.nonce == offer.nonce:
             self.run.set_member(offer.round, replace(member, status="gave-up", reason=f"rejected: {reason}"[:500]))
         self._ack(peer.device, offer.run, offer.round, "rejected", reason, offer.blob)
@@ -387,9 +391,12 @@ class Server:
     def _announce(self) -> None:
         """The retained messages that tell a newcomer everything."""
         self._broadcast("coord", Coordinator("up", self.run.epoch, software()))
+        self._announce_model()
+        self._announce_round()
+
+    def _announce_model(self) -> None:
         size = self.models.store.size(self.run.manifest_blob)
         self._broadcast("model", Model(self.run.manifest.version, self.run.manifest_blob, size, self.run.finished))
-        self._announce_round()
 
     def _announce_round(self) -> None:
         state = self.run.state()
@@ -404,6 +411,7 @@ class Server:
             self.config.run.method,
             self.config.train,
             self.run.rules.join_timeout_s,
+            self.run.method.adapters,
         )
         self._broadcast("round", message)
 

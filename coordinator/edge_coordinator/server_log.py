@@ -17,13 +17,19 @@ SENTENCES: Sentences = {
     ),
     "broker-lost": lambda e: f"the connection to the broker is lost, it is made again: {e['reason']}",
     "round-opened": lambda e: f"round {e['round']}: waiting for devices",
+    "adapters-begun": lambda e: (
+        f"model {e['model_version']} begins the run with {e['tensors'] // 2} fresh adapters"
+        if e["tensors"]
+        else f"model {e['model_version']} begins the run: adapters of another run are merged into it"
+    ),
     "joined": lambda e: (
         f"round {e['round']}: {e['device']} joins with {e['num_examples']} examples and {mib(e['budget_bytes'])}"
     ),
     "unable": lambda e: f"round {e['round']}: {e['device']} cannot take part: {e['reason']}",
     "round-planned": lambda e: f"round {e['round']}: {e['planned']} of {e['members']} devices have a plan",
     "granted": lambda e: (
-        f"round {e['round']}: {e['device']} trains {what_is_trained(e['depth'])}, at most {mib(e['peak_bytes'])}"
+        f"round {e['round']}: {e['device']} trains {what_is_trained(e['depth'])}"
+        f"{' by adapters of rank ' + str(e['rank']) if e['rank'] else ''}, at most {mib(e['peak_bytes'])}"
     ),
     "gave-up": lambda e: f"round {e['round']}: {e['device']} gives its plan back: {e['reason']}",
     "rejected": lambda e: f"round {e['round']}: {e['device']}'s update is refused: {e['reason']}",

@@ -133,17 +133,17 @@ def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibrati
     depth = deepest(probed, head[0], longest)
     block = in_child(lambda: peaks(backend_of(depth), depth)) if depth else ()
     alone = backend_of(0)
-    trained = backend_of(depth) if depth else alone
+    blocks = backend_of(depth) if depth else alone
     return Calibration(
         GRAPH_BACKEND,
         0,
-        **seconds(alone, trained, probed, depth, SIZES[: len(block or head)]),
+        **seconds(alone, blocks, probed, depth, SIZES[: len(block or head)]),
         rank=probed.rank,
         precision=probed.precision,
         head_peaks=head,
         block_peaks=block,
         probed_depth=depth,
-        saved_per_token_bytes=trained.saved_bytes(probed.batch(1, longest)) // longest if depth else 0,
+        saved_per_token_bytes=blocks.saved_bytes(probed.batch(1, longest)) // longest if depth else 0,
     )
 
 
@@ -169,8 +169,8 @@ class Timed(Protocol):
         """One block forward."""
 
 
-def seconds(head: Timed, trained: Timed, probed: Probed, depth: int, sizes: Sequence[int]) -> dict[str, Any]:
-    """The seconds of a calibration, from whole steps of `head`, which trains that alone, and of `trained`, which trains `depth` blocks.
+def seconds(head: Timed, blocks: Timed, probed: Probed, depth: int, sizes: Sequence[int]) -> dict[str, Any]:
+    """The seconds of a calibration, from whole steps of `head`, which trains that alone, and of `blocks`, which trains `depth` of them.
 
     So the parts add up to what was measured for both, and to a line between them; a block forward is timed by itself.
     """
@@ -183,7 +183,7 @@ def seconds(head: Timed, trained: Timed, probed: Probed, depth: int, sizes: Sequ
         rest_s = head_s - spec.num_blocks * forward_s
         train_s = forward_s
         if depth:
-            whole_s = median_s(partial(trained.step, batch)) - update * probed.trained(depth).total
+            whole_s = median_s(partial(blocks.step, batch)) - update * probed.trained(depth).total
             train_s += max(0.0, whole_s - head_s) / depth
         for what, taken in (("forward", forward_s), ("train", train_s), ("rest", rest_s)):
             points[what].append((batch.ids.size, max(0.0, taken)))

@@ -41,9 +41,9 @@ HEAP = {
 
 
 def model_job(
-    job: str, spec: ModelSpec, weights: Mapping[str, MappedTensor], adapters: Mapping[str, MappedTensor] | None = None
-) -> dict[str, Any]:
-    """The fields of a worker's job that describe a model. Args: adapters: A and B that training begins from."""
+    job: str, spec: ModelSpec, weights: Mapping[str, MappedTensor], adapters: Mapping[str, MappedTensor] | None = None, adapter_scale: float = 0.0,
+) -> dict[str, Any]:  # fmt: skip
+    """The fields of a worker's job that describe a model. Args: adapters: A and B that training begins from, by name."""
 
     def places(tensors: Mapping[str, MappedTensor]) -> dict[str, Any]:
         return {name: (w.path, w.offset, w.shape, w.dtype) for name, w in tensors.items()}
@@ -56,6 +56,7 @@ def model_job(
         "max_length": spec.max_length,
         "weights": places({t.name: weights[t.name] for t in spec.tensors}),
         "adapters": places(adapters or {}),
+        "adapter_scale": adapter_scale,
     }
 
 

@@ -91,14 +91,25 @@ def corpus(job: Job) -> dict[str, Any]:
 
 def backend_of(job: Job, spec: ModelSpec, plan: Plan) -> Backend:
     """The backend that the plan names."""
-    start = weights_of(job, "adapters")
+    start, weights = weights_of(job, "adapters"), frozen_of(job, spec, plan)
     if plan.chosen.backend != GRAPH_BACKEND:
         from edge_runtime.training.torch_backend import TorchBackend
 
-        return TorchBackend(spec, weights_of(job), plan, job["threads"], start)
+        return TorchBackend(spec, weights, plan, job["threads"], start)
     from edge_runtime.training.graph_backend import GraphBackend
 
-    return GraphBackend(spec, weights_of(job), plan, graphs_of(job, spec), job["threads"], Path(job["cache"]), start)
+    return GraphBackend(spec, weights, plan, graphs_of(job, spec), job["threads"], Path(job["cache"]), start)
+
+
+def frozen_of(job: Job, spec: ModelSpec, plan: Plan) -> dict[str, MappedTensor]:
+    """Where the weights lie, those of blocks that the plan does not train with what the fleet's adapters add to them."""
+    from edge_runtime.merge import merged
+
+    weights, adapters = weights_of(job), weights_of(job, "adapters")
+    if not adapters:
+        return weights
+    below = spec.num_blocks - plan.chosen.depth
+    return merged(spec, weights, adapters, job["adapter_scale"], Path(job["cache"]), below=below)
 
 
 def graphs_of(job: Job, spec: ModelSpec) -> GraphSet:
@@ -127,7 +138,7 @@ def open_cache(job: Job, spec: ModelSpec, plan: Plan, data: Corpus) -> tuple[Pre
     from edge_runtime.training.prefix_cache import PrefixCache, prefix_key
 
     root = Path(job["cache"])
-    key = prefix_key(spec, weights_of(job), plan.chosen.depth, data.folder.name, plan.chosen.precision)
+    key = prefix_key(spec, frozen_of(job, spec, plan), plan.chosen.depth, data.folder.name, plan.chosen.precision)
     pays = plan.settings.epochs > 1
     with contextlib.suppress(OSError, StoreError):
         before = prefix_before(root / "last-prefix", key, job.get("round"))

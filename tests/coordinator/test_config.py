@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from edge_coordinator.config import CONFIG_FILE, BrokerSection, ModelSection, RunSection, load_config
 from edge_coordinator.fleet import init
 from edge_coordinator.methods import METHODS
+from edge_coordinator.server_optimizer import ServerSettings
 from edge_runtime.errors import UsageError
 from edge_runtime.records import TrainSettings
 from edge_runtime.wire import Round, decode, encode
@@ -120,6 +122,48 @@ def test_the_commented_file_that_init_writes_has_every_key_at_its_default(tmp_pa
         assert method in text
 
 
+@pytest.mark.parametrize(("name", "own"), [("fedavg", 1.0), ("fedavgm", 1.0), ("fedadam", 0.003), ("fedyogi", 0.003)])
+def test_a_server_optimizer_has_a_rate_of_its_own_that_may_be_replaced(tmp_path: Path, name: str, own: float) -> None:
+    text = LEAST + f'[run]\nserver_optimizer = "{name}"\nserver_beta2 = 0.5\n'
+    assert load_config(write(tmp_path, text)).run.server_settings == ServerSettings(name, own, 0.9, 0.5, 1e-3)
+    assert load_config(write(tmp_path, text + "server_learning_rate = 2\n")).run.server_settings.learning_rate == 2.0
+
+
+def with_method(folder: Path, method: str, **train: str) -> Path:
+    """A fleet's folder with a method and keys of [train]."""
+    path = init(folder / method, name="farm", labels=["no", "yes"], method=method)
+    text = path.read_text()
+    for key, value in train.items():
+        text = re.sub(rf"^{key} = \S+", f"{key} = {value}", text, flags=re.MULTILINE)
+    path.write_text(text)
+    return path.parent
+
+
+def test_a_method_with_adapters_has_a_rank_and_any_other_none(tmp_path: Path) -> None:
+    for name, method in METHODS.items():
+        assert load_config(with_method(tmp_path / "plain", name)).train.lora_rank == (8 if method.adapters else 0)
+        ranked = with_method(tmp_path / "ranked", name, lora_rank="5")
+        if method.adapters:
+            assert load_config(ranked).train.lora_rank == 5
+        else:
+            with pytest.raises(
+                UsageError, match="lora_rank must be 0 with the method .*: adapters are trained by lora,"
+            ):
+                load_config(ranked)
+
+
+@pytest.mark.parametrize("codec", ["topk10", "auto"])
+def test_what_a_codec_leaves_out_cannot_wait_for_adapters_that_are_made_anew(codec: str, tmp_path: Path) -> None:
+    for name in ("flexlora", "flora"):
+        with pytest.raises(UsageError, match=f"codec must be one of f32, f16, int8, int4 with the method {name}"):
+            load_config(with_method(tmp_path, name, codec=f'"{codec}"'))
+    assert load_config(with_method(tmp_path, "hetlora", codec=f'"{codec}"')).train.codec == codec
+
+
+def test_targets_of_adapters_are_a_list_of_names(tmp_path: Path) -> None:
+    assert load_config(with_method(tmp_path, "lora", lora_targets='["q", "v"]')).train.lora_targets == ("q", "v")
+
+
 WRONG = [
     ("model", "base", "5", "[model] base must be str"),
     ("model", "labels", '"yes"', "[model] labels must be a list of texts"),
@@ -151,11 +195,18 @@ WRONG = [
     ("run", "report_timeout_s", "1" + "0" * 400, "[run] report_timeout_s must be a finite number"),
     ("run", "pause_s", "-1", "[run] pause_s must be"),
     ("run", "pause_s", '"1m"', "[run] pause_s must be a finite number, it is '1m'"),
+    ("run", "server_optimizer", '"adam"', "[run] server_optimizer must be one of fedavg, fedavgm, fedadam, fedyogi"),
+    ("run", "server_learning_rate", "-1", "[run] server_learning_rate must be from 0 to 100"),
+    ("run", "server_momentum", "1", "[run] server_momentum must be from 0 to 0.9999"),
+    ("run", "server_beta2", "1.0", "[run] server_beta2 must be from 0 to 0.9999"),
+    ("run", "server_tau", "0", "[run] server_tau must be from 1e-12 to 1, it is 0.0"),
     ("train", "epochs", "0", "epochs must be from 1 to 1000"),
     ("train", "batch_size", "5000", "batch_size must be from 1 to 4096"),
     ("train", "learning_rate", "nan", "[train] learning_rate must be a finite number"),
     ("train", "learning_rate", "-1", "learning_rate must be from 0 to 10"),
     ("train", "optimizer", '"lion"', "optimizer must be one of adamw, adamw8bit"),
+    ("train", "proximal_mu", "-0.1", "proximal_mu must be from 0 to 1000.0, it is -0.1"),
+    ("train", "proximal_mu", "nan", "[train] proximal_mu must be a finite number"),
     ("train", "seed", "-1", "seed must be from 0"),
     ("train", "seed", str(1 << 63), "seed must be from 0"),
     ("broker", "kind", '"mosquitto"', "[broker] kind must be embedded or external"),

@@ -64,10 +64,32 @@ def test_a_ledger_of_another_schema_is_refused_and_left_as_it_is(tmp_path: Path)
     with sqlite3.connect(path) as db:
         db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
         db.execute("INSERT INTO meta VALUES ('schema', '99')")
-    with pytest.raises(StoreError, match="is of schema 99, this coordinator writes 2: use the version that made it"):
+    with pytest.raises(StoreError, match="is of schema 99, this coordinator writes 3: use the version that made it"):
         Ledger(path)
     with sqlite3.connect(path) as db:
         assert db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall() == [("meta",)]
+
+
+def test_a_ledger_of_schema_2_is_taken_over_and_its_method_remembers_nothing(tmp_path: Path) -> None:
+    Ledger(tmp_path / "ledger.db").close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as db, db:
+        db.execute("DROP TABLE method_states")
+        db.execute("UPDATE meta SET value = '2' WHERE key = 'schema'")
+    for _ in range(2):
+        ledger = Ledger(tmp_path / "ledger.db")
+        assert ledger.get("schema") == "3"
+        assert ledger.method_state("run", "caff") == {}
+        ledger.close()
+
+
+def test_a_methods_state_is_its_own_and_goes_with_a_rewind(ledger: Ledger) -> None:
+    for number in (1, 2):
+        ledger.set_method_state("run", number, "legend", {"step": number, "of": {"a": [0.1, None]}})
+    ledger.set_method_state("run", 2, "legend", {"step": 3})
+    assert ledger.method_state("run", "legend") == {"step": 3}
+    assert ledger.method_state("run", "caff") == ledger.method_state("other", "legend") == {}
+    ledger.rewind("run", 1)
+    assert ledger.method_state("run", "legend") == {"step": 1, "of": {"a": [0.1, None]}}
 
 
 def test_a_ledger_of_schema_1_is_taken_over_with_float32_as_the_codec_of_what_is_in_it(tmp_path: Path) -> None:
@@ -79,7 +101,7 @@ def test_a_ledger_of_schema_1_is_taken_over_with_float32_as_the_codec_of_what_is
         db.execute("INSERT INTO contributions VALUES ('run', 1, 'a', x'01', 5, 2, '{}', 0.0, 0)")
     for _ in range(2):
         ledger = Ledger(path)
-        assert ledger.get("schema") == "2"
+        assert ledger.get("schema") == "3"
         assert ledger.contributions("run", 1)["a"].codec == "f32"
         ledger.close()
 
@@ -289,7 +311,7 @@ def test_a_partial_sum_its_members_and_that_they_are_folded_are_one_transaction(
     assert not any(c.folded for c in ledger.contributions("run", 1).values())
     with ledger.transaction():
         ledger.set_partial("run", 1, OTHER, {"head": 200}, ["pi-1", "pi-2"])
-    assert ledger.partial("run", 1) == (OTHER, {"head": 200}, ["pi-1", "pi-2"])
+    assert ledger.partial("run", 1) == (OTHER, {"head": 200})
     assert [c.folded for c in ledger.contributions("run", 1).values()] == [True, True, False]
     assert ledger.partial("run", 2) is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_coordinator.methods import METHODS, SUMMARIES, configure_train
-from edge_runtime.records import Budget, CostRow
+from edge_coordinator.methods.method import Choice
+from edge_runtime.records import Budget, CostRow, TrainSettings
 from edge_runtime.wire import Join
 from tests.samples import BOOT, quickly
 
@@ -18,16 +20,17 @@ MIB = 1 << 20
 
 
 def row(
-    depth: int, *, checkpointing: bool = False, epoch_s: float | None = None, peak_mib: int | None = None
+    depth: int, *, checkpointing: bool = False, epoch_s: float | None = None, peak_mib: int | None = None, rank: int = 0
 ) -> CostRow:
-    """A candidate that costs more the deeper it is."""
-    peak = (100 + 50 * depth if peak_mib is None else peak_mib) * MIB
-    return CostRow(
-        depth, checkpointing, 16, peak, 1.0, 10.0 * (depth + 1) if epoch_s is None else epoch_s, (depth + 1) * MIB
-    )
+    """A candidate that costs more the deeper it is, and a little more the higher its rank."""
+    peak = (100 + 50 * depth + rank if peak_mib is None else peak_mib) * MIB
+    seconds, upload = 10.0 * (depth + 1) if epoch_s is None else epoch_s, (depth + 1) * MIB
+    return CostRow(depth, checkpointing, 16, peak, 1.0, seconds, upload, rank=rank)
 
 
+RANKS = (8, 4, 2, 1)
 TABLE = tuple(row(depth) for depth in range(BLOCKS + 1))
+ADAPTERS = tuple(row(depth, rank=rank if depth else 0) for depth in range(BLOCKS + 1) for rank in RANKS[: depth + 1])
 
 
 def join(
@@ -42,9 +45,17 @@ def join(
     return Join("first", 1, BOOT, 100, Budget(memory_mib * MIB, time_s, upload), table)
 
 
+def choices(method: str, joins: dict[str, Join], epochs: int = 1) -> dict[str, Choice]:
+    """What each device is granted by a method that has no state yet; with adapters of rank 8 at most."""
+    settings = TrainSettings(epochs=epochs, lora_rank=8 if METHODS[method].adapters else 0)
+    chosen, state = configure_train(method, {}, joins, number=1, num_blocks=BLOCKS, settings=settings)
+    assert json.loads(json.dumps(state)) == state
+    return chosen
+
+
 def depths(method: str, joins: dict[str, Join], epochs: int = 1) -> dict[str, int | None]:
     """The granted depth of each device."""
-    chosen = configure_train(method, joins, BLOCKS, epochs)
+    chosen = choices(method, joins, epochs)
     assert set(chosen) == set(joins)
     return {device: choice.row.depth if choice.row else None for device, choice in chosen.items()}
 
@@ -68,8 +79,42 @@ def test_caff_heeds_time_for_all_epochs_and_upload_too() -> None:
 def test_caff_takes_the_faster_of_two_ways_to_the_same_depth() -> None:
     slow, fast = row(2, checkpointing=True, epoch_s=50.0), row(2, epoch_s=40.0)
     for table in ((slow, fast), (fast, slow)):
-        assert configure_train("caff", {"a": join(table=table)}, BLOCKS, 1)["a"].row == fast
-    assert configure_train("caff", {"a": join(table=(slow, row(2, peak_mib=20_000)))}, BLOCKS, 1)["a"].row == slow
+        assert choices("caff", {"a": join(table=table)})["a"].row == fast
+    assert choices("caff", {"a": join(table=(slow, row(2, peak_mib=20_000)))})["a"].row == slow
+
+
+def adapters(memory_mib: int = 10_000, table: tuple[CostRow, ...] = ADAPTERS) -> Join:
+    """What a device with such a budget says in a run with adapters."""
+    return join(memory_mib, table=table)
+
+
+def ranks(method: str, joins: dict[str, Join]) -> dict[str, tuple[int, int] | None]:
+    """The granted depth and rank of each device."""
+    return {d: (c.row.depth, c.row.rank) if c.row else None for d, c in choices(method, joins).items()}
+
+
+@pytest.mark.parametrize("method", ["lora", "ffa-lora"])
+def test_lora_has_one_rank_in_all_blocks_and_leaves_out_who_cannot(method: str) -> None:
+    cohort = {"strong": adapters(308), "weak": adapters(307)}
+    assert ranks(method, cohort) == {"strong": (4, 8), "weak": None}
+
+
+def test_lora_suffix_has_one_rank_in_the_deepest_suffix_that_fits() -> None:
+    cohort = {"strong": adapters(308), "middle": adapters(307), "weak": adapters(157), "none": adapters(99)}
+    assert ranks("lora-suffix", cohort) == {"strong": (4, 8), "middle": (3, 8), "weak": (0, 0), "none": None}
+
+
+@pytest.mark.parametrize("method", ["hetlora", "flexlora", "flora"])
+def test_each_device_has_the_largest_rank_that_fits_in_all_blocks(method: str) -> None:
+    cohort = {"strong": adapters(), "middle": adapters(307), "weak": adapters(301), "none": adapters(300)}
+    assert ranks(method, cohort) == {"strong": (4, 8), "middle": (4, 4), "weak": (4, 1), "none": None}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_row_of_a_rank_that_the_run_does_not_have_is_never_granted(method: str) -> None:
+    of_block = tuple(row(depth, rank=9) for depth in range(BLOCKS + 1))
+    plain = () if METHODS[method].adapters else tuple(row(d, rank=8) for d in range(BLOCKS + 1))
+    assert depths(method, {"a": join(table=(*of_block, *plain))}) == {"a": None}
 
 
 def test_head_trains_the_head_on_every_device_that_can() -> None:
@@ -98,21 +143,21 @@ def test_a_depth_that_the_model_does_not_have_is_never_granted(method: str) -> N
     """A hostile table: an update of that depth has no size and would stop the coordinator."""
     forged = join(table=(row(1000, peak_mib=1, epoch_s=0.0), row(BLOCKS + 1, peak_mib=1, epoch_s=0.0)))
     assert depths(method, {"forged": forged}) == {"forged": None}
-    both = join(table=(*TABLE, row(1000, peak_mib=1, epoch_s=0.0)))
+    both = join(table=(*TABLE, *ADAPTERS, row(1000, peak_mib=1, epoch_s=0.0)))
     assert depths(method, {"both": both, "strong": STRONG})["both"] in range(BLOCKS + 1)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_codec_that_the_coordinator_does_not_know_is_never_granted(method: str) -> None:
-    known, unknown = (tuple(replace(r, codec=codec) for r in TABLE) for codec in ("int8", "int2"))
-    chosen = configure_train(method, {"a": join(table=unknown), "b": join(table=(*unknown, *known))}, BLOCKS, 1)
+    known, unknown = (tuple(replace(r, codec=codec) for r in (*TABLE, *ADAPTERS)) for codec in ("int8", "int2"))
+    chosen = choices(method, {"a": join(table=unknown), "b": join(table=(*unknown, *known))})
     assert chosen["a"].row is None
     assert chosen["b"].row and chosen["b"].row.codec == "int8"
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_device_that_is_left_out_is_told_why_and_by_whom(method: str) -> None:
-    choice = configure_train(method, {"none": NONE}, BLOCKS, 1)["none"]
+    choice = choices(method, {"none": NONE})["none"]
     assert choice.row is None
     assert choice.why.startswith(method)
 
@@ -128,6 +173,7 @@ CANDIDATES = st.builds(
     checkpointing=st.booleans(),
     epoch_s=st.floats(0.1, 100),
     peak_mib=st.integers(1, 500),
+    rank=st.sampled_from([0, 1, 4, 8, 9]),
 )
 JOINS = st.builds(
     join,
@@ -144,7 +190,7 @@ JOINS = st.builds(
 def test_no_device_is_granted_what_it_did_not_offer_or_what_is_over_its_budgets(
     method: str, joins: dict[str, Join], epochs: int
 ) -> None:
-    chosen = configure_train(method, joins, BLOCKS, epochs)
+    chosen = choices(method, joins, epochs)
     assert set(chosen) == set(joins)
     for device, choice in chosen.items():
         if choice.row is None:
@@ -155,5 +201,5 @@ def test_no_device_is_granted_what_it_did_not_offer_or_what_is_over_its_budgets(
         assert choice.row.peak_bytes <= budget.memory_bytes
         assert budget.time_s is None or choice.row.epoch_s * epochs <= budget.time_s
         assert budget.upload_bytes is None or choice.row.upload_bytes <= budget.upload_bytes
-    turned = configure_train(method, dict(reversed(joins.items())), BLOCKS, epochs)
+    turned = choices(method, dict(reversed(joins.items())), epochs)
     assert turned == chosen, "the order of arrival does not matter"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_coordinator.sim.classes import BUILT_IN, deal, parse_shares, read_classes
+from edge_coordinator.sim.choose import Candidate, best, described
+from edge_coordinator.sim.classes import BUILT_IN, OwnBudget, deal, parse_shares, read_budgets, read_classes
 from edge_coordinator.sim.clock import Clock
 from edge_coordinator.sim.compare import plot, summarise, text_table
 from edge_coordinator.sim.data import packed
@@ -24,7 +25,7 @@ from edge_models import bert
 from edge_runtime.cost import Calibration, DataShape, cost
 from edge_runtime.errors import MissingExtra, UsageError
 from edge_runtime.manifest import make_manifest
-from edge_runtime.records import TrainSettings
+from edge_runtime.records import Budget, TrainSettings
 
 CONFIG = {
     "model_type": "bert", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 256, "vocab_size": 100,
@@ -211,6 +212,37 @@ def test_memory_does_not_depend_on_the_class() -> None:
     assert rows[1].step_s == pytest.approx(100 * rows[0].step_s)
 
 
+def test_a_device_may_have_budgets_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "classes.toml"
+    file.write_text('[mine]\nmemory = "1GB"\ntime = "10m"\n[device-3]\nupload = "5MB"\ntime = "9s"\n')
+    mine, own = read_classes(file)["mine"], read_budgets(file)
+    assert "device-3" not in read_classes(file)
+    assert own["device-3"].instead_of(mine) == Budget(10**9, 9.0, 5_000_000)
+    assert OwnBudget().instead_of(mine) == Budget(10**9, 600.0, None)
+    file.write_text("[device-3]\ngflops = 5\n")
+    with pytest.raises(UsageError, match=r"\[device-3\] has no 'gflops'; a device has memory, time, upload"):
+        read_budgets(file)
+
+
+# the choice among networks
+
+
+def test_the_network_of_which_the_devices_train_most_blocks_is_chosen_and_of_equals_the_deeper() -> None:
+    small, large = Candidate("l3", 3, {"a": 3, "b": 2}), Candidate("l6", 6, {"a": 6, "b": 1})
+    assert best([small, large]) is large
+    assert best([small, Candidate("l6", 6, {"a": 3, "b": 1})]) is small
+    assert best([Candidate("l6", 6, {"a": 4, "b": 1}), small]) == Candidate("l6", 6, {"a": 4, "b": 1}), "a tie"
+
+
+def test_a_network_of_which_some_device_cannot_train_a_block_is_not_chosen() -> None:
+    large, small = Candidate("l6", 6, {"a": 6, "b": 6, "c": 0}), Candidate("l3", 3, {"a": 1, "b": 1, "c": 1})
+    assert best([large, small]) is small
+    assert best([large]) is best([]) is None
+    rows = described([large, small])
+    assert [row["chosen"] for row in rows] == [False, True]
+    assert (rows[0]["mean_depth"], rows[0]["least_depth"], rows[0]["devices_by_depth"]) == (4.0, 0, {"0": 1, "6": 2})
+
+
 # downloads
 
 
@@ -281,9 +313,9 @@ def test_a_line_that_a_kill_cut_off_is_no_line(folder: Path) -> None:
     with (folder / "rounds.jsonl").open("ab") as file:
         file.write(b'{"round": 3, "st')
     results = Results(folder)
-    assert results.rounds == ROUNDS
+    assert list(results.rows()) == ROUNDS
     results.add({"round": 3, "devices": []})
-    assert [row["round"] for row in Results(folder).rounds] == [0, 1, 2, 3]
+    assert [row["round"] for row in Results(folder).rows()] == [0, 1, 2, 3]
 
 
 def test_other_settings_are_refused_and_the_same_keep_their_calibration(folder: Path) -> None:

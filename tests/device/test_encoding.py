@@ -165,7 +165,7 @@ def written(path: Path, name: str, found: dict[str, Array], *, piece: int = 1 <<
 def read(path: Path, name: str, depth: int, spec: ModelSpec = SPEC) -> dict[str, Array]:
     """Every tensor of an update."""
     found: dict[str, list[Array]] = {t.name: [] for t in spec.suffix(depth)}
-    for tensor, start, values in read_update(path, spec, depth, name):
+    for tensor, start, values in read_update(path, spec.suffix(depth), name):
         assert start == sum(v.size for v in found[tensor.name])
         found[tensor.name].append(values)
     return {n: np.concatenate(v) for n, v in found.items()}
@@ -229,7 +229,7 @@ def test_a_zlib_bomb_costs_no_more_memory_than_a_section(tmp_path: Path) -> None
     (tmp_path / "bomb").write_bytes(zlib.compress(bytes(100 << 20)))
     tracemalloc.start()
     with pytest.raises(WireError, match="more bytes than its plan"):
-        for _ in read_update(tmp_path / "bomb", SPEC, 2, "f16+zlib"):
+        for _ in read_update(tmp_path / "bomb", SPEC.suffix(2), "f16+zlib"):
             pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -259,7 +259,7 @@ def test_writing_and_reading_hold_some_sections_in_memory(tmp_path: Path, name: 
     tracemalloc.start()
     with (tmp_path / "u").open("wb") as file:
         write_update(file, name, {t.name: t.size for t in spec.suffix(1)}, zeros(), 1)
-    for _ in read_update(tmp_path / "u", spec, 1, name):
+    for _ in read_update(tmp_path / "u", spec.suffix(1), name):
         pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

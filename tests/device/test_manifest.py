@@ -124,8 +124,9 @@ def test_a_manifest_that_holds_together_is_accepted_and_any_other_is_refused(dat
     )
     config = data.draw(st.sampled_from(['{"a": 1, "b": "x", "c": 0.5}', "{}", "[]", "x"]))
     manifest = dataclasses.replace(
-        manifest, num_blocks=data.draw(st.integers(1, 2)), tensors=tuple(tensors), config_json=config
-    )
+        manifest, num_blocks=data.draw(st.integers(1, 2)), tensors=tuple(tensors), config_json=config,
+        adapters=(), adapter_scale=0.0,
+    )  # fmt: skip
     sound = (
         config.startswith("{")
         and len({t.name for t in tensors}) == len(tensors)
@@ -142,6 +143,56 @@ def test_a_manifest_that_holds_together_is_accepted_and_any_other_is_refused(dat
 
 def _small(tensor: StoredTensor) -> StoredTensor:
     return dataclasses.replace(tensor, shape=tuple(min(n, 9) for n in tensor.shape), part=tensor.part % 5 - 1)
+
+
+# adapters
+
+
+def adapted(spec: ModelSpec, *, rank: int = 2, **changes: Any) -> Manifest:
+    """A manifest with adapters of some matrices, made-up hashes."""
+    found = []
+    for tensor in spec.tensors:
+        if tensor.name.endswith(("query.weight", "intermediate.dense.weight")):
+            (outputs, inputs), stem = tensor.shape, tensor.name.removesuffix(".weight")
+            for name, shape in ((stem + ".lora_a", (rank, inputs)), (stem + ".lora_b", (outputs, rank))):
+                blob = hashlib.sha256(name.encode()).digest()
+                found.append(StoredTensor(name, shape, tensor.part, blob))
+    return described(spec, **{"adapters": tuple(found), "adapter_scale": 2.0, **changes})
+
+
+def test_adapters_are_blobs_of_the_version_and_not_of_the_architecture(bert_spec: ModelSpec) -> None:
+    manifest, plain = adapted(bert_spec), described(bert_spec)
+    assert decode_manifest(encode_manifest(manifest)) == manifest
+    assert check_family(manifest, ("edge_models.bert",)) == manifest.spec == plain.spec
+    fresh = set(manifest.blobs()) - set(plain.blobs())
+    assert {manifest.blobs()[blob] for blob in fresh} == {4 * 2 * 8, 4 * 2 * 16}
+    assert set(manifest.mapped_adapters(BlobStore(Path("nowhere")))) == {t.name for t in manifest.adapters}
+    named = [t.name for t in manifest.trainable]
+    assert named[: len(plain.tensors) - 2] == [t.name for t in plain.tensors[:-2]]
+    assert named[-2:] == [t.name for t in bert_spec.suffix(0)], "the head is last, as in an update with adapters"
+
+
+def test_adapters_that_are_not_pairs_of_the_models_matrices_are_refused(bert_spec: ModelSpec) -> None:
+    sound = adapted(bert_spec)
+    a, b, *rest = sound.adapters
+    for adapters in (
+        (b, a, *rest),
+        (a, *rest),
+        (*rest, a, b),
+        (a, b, a, b, *rest),
+        (dataclasses.replace(a, name="encoder.layer.0.attention.self.LayerNorm.lora_a"), b, *rest),
+        (dataclasses.replace(a, part=1), b, *rest),
+        (dataclasses.replace(a, shape=(3, 8)), b, *rest),
+        (dataclasses.replace(a, shape=(2, 9)), b, *rest),
+        (dataclasses.replace(a, shape=()), b, *rest),
+        (dataclasses.replace(a, shape=(0, 8)), dataclasses.replace(b, shape=(8, 0)), *rest),
+        (dataclasses.replace(a, shape=(1025, 8)), dataclasses.replace(b, shape=(8, 1025)), *rest),
+    ):
+        with pytest.raises(ModelError, match="cannot be described to devices"):
+            encode_manifest(dataclasses.replace(sound, adapters=adapters))
+    for changes in ({"adapters": ()}, {"adapter_scale": 0.0}):
+        with pytest.raises(ModelError, match="adapters without a scale, or a scale without adapters"):
+            encode_manifest(dataclasses.replace(sound, **changes))
 
 
 # families

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_models import bert
 from edge_runtime.codecs import CHOSEN, update_bytes
 from edge_runtime.cost import Calibration, DataShape, cost
 from edge_runtime.errors import DoesNotFit, UsageError
+from edge_runtime.layout import sent
 from edge_runtime.planner import (
     check_settings,
     choose,
@@ -20,11 +22,13 @@ from edge_runtime.planner import (
     feasible,
     make_plan,
     mib,
+    offered_ranks,
     over_budget,
     shrink,
     smaller_rows,
 )
 from edge_runtime.records import Budget, CostRow, TrainSettings
+from edge_runtime.wire import Join, pack
 from tests.samples import quickly, small_spec
 
 MIB = 1 << 20
@@ -317,3 +321,56 @@ def test_a_correction_raises_every_promise_and_no_time() -> None:
         before, after = (cost(SPEC, DATA, SETTINGS, c, depth, False, 8) for c in (CALIBRATION, corrected))
         assert after.peak_bytes == pytest.approx(1.5 * before.peak_bytes, rel=0.02)
         assert after.step_s == before.step_s
+
+
+# adapters
+
+LORA = bert.describe(
+    {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 128, "vocab_size": 200,
+     "max_position_embeddings": 64, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}, ["no", "yes"], 32,
+)  # fmt: skip
+
+
+def test_a_fleets_table_offers_every_depth_in_ranks_halved_down_to_one() -> None:
+    settings = dataclasses.replace(SETTINGS, lora_rank=12)
+    assert offered_ranks(LORA, settings, "ab") == (12, 6, 3, 1)
+    assert offered_ranks(LORA, settings, "") == ()
+    for adapters in ("ab", "b"):
+        rows = cost_table(
+            LORA, DATA, settings, CALIBRATION, NO_LIMIT, False, adapters, offered_ranks(LORA, settings, adapters)
+        )
+        assert {(r.depth, r.rank) for r in rows} == {(0, 0), *itertools.product((1, 2, 3, 4), (12, 6, 3, 1))}
+        for row in rows:
+            ranks = (row.rank,) * row.depth
+            assert row.upload_bytes == update_bytes(sent(LORA, row.depth, ranks, (), adapters), "f32")
+    full = sorted((r for r in rows if r.depth == 4 and not r.checkpointing), key=lambda r: r.rank)
+    assert [r.peak_bytes for r in full] == sorted(r.peak_bytes for r in full), "no lower rank needs more memory"
+    assert feasible(rows, NO_LIMIT, 1)[0].rank == 12
+
+
+@pytest.mark.parametrize(("blocks", "rank", "offered"), [(6, 1024, 11), (24, 1024, 10), (255, 64, 1), (1000, 64, 1)])
+def test_a_table_of_many_ranks_fits_into_a_join(blocks: int, rank: int, offered: int) -> None:
+    spec = dataclasses.replace(LORA, num_blocks=blocks)
+    ranks = offered_ranks(spec, dataclasses.replace(SETTINGS, lora_rank=rank), "ab")
+    assert len(ranks) == offered
+    assert ranks[0] == rank
+    if blocks <= 255:
+        widest = CostRow(1000, True, 4096, 1 << 50, 1e9, 1e9, 1 << 50, "onnx", 1024, "float32", True, 1e9, "topk10")
+        rows = (widest,) * (1 + 2 * blocks * len(ranks))
+        assert (
+            len(pack(Join("r" * 64, 1, bytes(8), 1 << 20, Budget(1 << 50, 1e9, 1 << 50), rows, 0, "x" * 500)))
+            < 127 << 10
+        )
+
+
+def test_a_plan_of_another_rank_than_offered_shrinks_into_pieces_of_the_next_higher() -> None:
+    settings = dataclasses.replace(SETTINGS, lora_rank=8)
+    ranks = offered_ranks(LORA, settings, "ab")
+    rows = cost_table(LORA, DATA, settings, CALIBRATION, NO_LIMIT, False, "ab", ranks)
+    (granted,) = [r for r in rows if (r.depth, r.rank, r.checkpointing) == (4, 8, False)]
+    plan = dataclasses.replace(make_plan(dataclasses.replace(granted, rank=7), DATA, settings), ranks=(4, 5, 6, 7))
+    less = granted.peak_bytes - 4 * MIB
+    smaller = shrink(plan, cost_table(LORA, DATA, settings, CALIBRATION, Budget(less), False, "ab", ranks), less)
+    assert smaller
+    assert (smaller.chosen.rank, smaller.ranks, smaller.chosen.upload_bytes) == (7, (4, 5, 6, 7), granted.upload_bytes)
+    assert smaller.chosen.peak_bytes <= less

@@ -48,7 +48,7 @@ def trained(
     ):
         write_update(file, codec, sizes(depth), changed.items(), round_, feedback)
     found: dict[str, list[Array]] = {name: [] for name in changed}
-    for tensor, _, values in read_update(update, SPEC, depth, codec):
+    for tensor, _, values in read_update(update, SPEC.suffix(depth), codec):
         found[tensor.name].append(values)
     return {name: np.concatenate(values) for name, values in found.items()}
 

@@ -40,12 +40,13 @@ WORDS = {
 }
 
 
-def tiny_model(folder: Path) -> Path:
+def tiny_model(folder: Path, blocks: int = 2) -> Path:
     """A checkpoint folder of 4 MB whose weights come from a seed."""
     from edge_models import bert
 
     folder.mkdir(parents=True)
-    spec = bert.describe(CONFIG, LABELS, 32)
+    config = {**CONFIG, "num_hidden_layers": blocks}
+    spec = bert.describe(config, LABELS, 32)
     random = np.random.default_rng(7)
     located = []
     for number, tensor in enumerate(t for t in spec.tensors if t.part < spec.num_blocks):
@@ -58,7 +59,7 @@ def tiny_model(folder: Path) -> Path:
     write_safetensors(folder / "model.safetensors", located)
     for raw in folder.glob("*.raw"):
         raw.unlink()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(hub.resolve("minilm-l6", print) / "tokenizer.json", folder / "tokenizer.json")
     return folder
 

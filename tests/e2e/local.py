@@ -19,6 +19,7 @@ from edge_coordinator.models import Models
 from edge_coordinator.server import Server
 from edge_runtime.codecs import PACKED
 from edge_runtime.encoding import write_update
+from edge_runtime.layout import layout
 from edge_runtime.model import ModelSpec
 from edge_runtime.records import Budget, CostRow, Plan
 from edge_runtime.store import BlobStore
@@ -155,7 +156,7 @@ class FakeDevice:
     def offer(self, grant: Grant) -> None:
         """Make an update for a plan and offer it."""
         spec = self.world.server.run.manifest.spec
-        size = sum(t.num_bytes for t in spec.suffix(grant.plan.chosen.depth))
+        size = sum(t.num_bytes for t in layout(spec, grant.plan))
         data = self.update(size) if self.update else constant_update(size, 0.01)
         codec = grant.plan.chosen.codec
         if codec != "f32":
@@ -184,7 +185,7 @@ def constant_update(size: int, value: float) -> bytes:
 
 def encoded(spec: ModelSpec, plan: Plan, data: bytes) -> bytes:
     """A float32 update in its plan's codec."""
-    sizes = {t.name: t.size for t in spec.suffix(plan.chosen.depth)}
+    sizes = {t.name: t.size for t in layout(spec, plan)}
     values, pieces = np.frombuffer(data, "<f4"), []
     for name, size in sizes.items():
         pieces.append((name, values[:size]))
@@ -195,10 +196,10 @@ def encoded(spec: ModelSpec, plan: Plan, data: bytes) -> bytes:
 
 
 def rows(
-    *depths: int, peak: int = 1 << 20, upload: int = 1000, epoch_s: float = 1.0, codec: str = "f32"
+    *depths: int, peak: int = 1 << 20, upload: int = 1000, epoch_s: float = 1.0, codec: str = "f32", rank: int = 0
 ) -> tuple[CostRow, ...]:
-    """A cost table with these depths."""
-    return tuple(CostRow(d, False, 4, peak, 0.1, epoch_s, upload, codec=codec) for d in depths)
+    """A cost table with these depths, of adapters of a rank."""
+    return tuple(CostRow(d, False, 4, peak, 0.1, epoch_s, upload, rank=rank if d else 0, codec=codec) for d in depths)
 
 
 def lie(**changes: Any) -> Callable[[Offer], Offer]:

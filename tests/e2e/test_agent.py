@@ -113,7 +113,7 @@ def kill_training(number: int, world: World, device: Device) -> None:
 
 def is_there(world: World) -> bool:
     """Whether the coordinator counts the device as online."""
-    return world.server.peers.online() == [NAME]
+    return world.server.peers.online() == {NAME}
 
 
 # the disk

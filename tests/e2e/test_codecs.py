@@ -13,6 +13,9 @@ from tests.e2e.conftest import Reference
 from tests.e2e.fleets import Fleet, running
 from tests.e2e.local import FakeDevice, World, constant_update, lie, rows
 from tests.e2e.test_crashes import crash_and_restart
+from tests.e2e.test_simulation import World as SimWorld
+from tests.e2e.test_simulation import like_the_real_one, residuals
+from tests.e2e.test_simulation import tensors as simulated_tensors
 
 
 def of(codec: str, *depths: int) -> tuple[CostRow, ...]:
@@ -127,8 +130,8 @@ def test_an_upload_budget_leads_to_a_smaller_codec_and_not_to_a_shallower_suffix
 
 
 @pytest.mark.slow
-def test_a_device_with_error_feedback_killed_at_ever_later_write_boundaries_makes_the_same_model(
-    tmp_path: Path, model: Path, reference: Reference
+def test_a_device_with_error_feedback_killed_at_ever_later_write_boundaries_makes_the_same_model_and_so_does_a_simulation(
+    tmp_path: Path, model: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors, kept = [], []
     for place, killed in (("whole", False), ("broken", True)):
@@ -148,3 +151,7 @@ def test_a_device_with_error_feedback_killed_at_ever_later_write_boundaries_make
     assert tensors[0] == tensors[1]
     assert kept[0] == kept[1]
     assert all(kept[0])
+    (tmp_path / "simulated").mkdir()
+    simulated = like_the_real_one(SimWorld(tmp_path, model), reference, tmp_path / "simulated", monkeypatch, "topk10")
+    assert simulated_tensors(simulated) == tensors[0]
+    assert list(residuals(simulated).values()) == kept[0]

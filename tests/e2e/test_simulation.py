@@ -23,14 +23,15 @@ from edge_coordinator.fleet import Fleet as FleetFolder
 from edge_coordinator.fleet import init
 from edge_coordinator.models import Models
 from edge_coordinator.sim.data import cut, shape_of
-from edge_coordinator.sim.simulation import SimOptions, Simulation
+from edge_coordinator.sim.making import SimOptions
+from edge_coordinator.sim.simulation import Simulation
 from edge_runtime.data import Example
 from edge_runtime.errors import UsageError
 from edge_runtime.local import DataOptions, read_shape
 from edge_runtime.store import cache_folder
 from edge_runtime.training.corpus import Corpus, build_corpus
 from tests.e2e.conftest import Reference
-from tests.e2e.fleets import LABELS, write_data
+from tests.e2e.fleets import LABELS, tiny_model, write_data
 
 CLASSES = '[here]\nmemory = "2GB"\n[slow]\nmemory = "1GB"\ngflops = 0.5\nuplink = 1000\n[shy]\nmemory = "2GB"\ngflops = 1\navailability = 0.5\n'
 
@@ -46,14 +47,23 @@ class World:
         write_data(self.test, 99, count=30)
 
     def fleet(
-        self, name: str, *, rounds: int = 2, goal: int = 3, quorum: int = 1, timeout_s: float | None = None
+        self,
+        name: str,
+        *,
+        rounds: int = 2,
+        goal: int = 3,
+        quorum: int = 1,
+        timeout_s: float | None = None,
+        codec: str = "f32",
+        optimizer: str = "fedadam",  # one that has a state
     ) -> Path:
         """A folder with fleet.toml."""
         path = init(
             self.folder / name, name="test", base=str(self.model), labels=LABELS, max_length=32, rounds=rounds, goal=goal, quorum=quorum, seed=3
         )  # fmt: skip
-        if timeout_s:
-            path.write_text(path.read_text().replace("report_timeout_s = 3600.0", f"report_timeout_s = {timeout_s}"))
+        text = path.read_text().replace('server_optimizer = "fedavg"', f'server_optimizer = "{optimizer}"')
+        text = text.replace('codec = "f32"', f'codec = "{codec}"')
+        path.write_text(text.replace("report_timeout_s = 3600.0", f"report_timeout_s = {timeout_s or 3600.0}"))
         return path.parent
 
     def options(self, **changes: Any) -> SimOptions:
@@ -97,22 +107,30 @@ def tensors(folder: Path) -> list[str]:
     return [t.blob.hex() for t in newest[0].tensors]
 
 
-def test_a_simulated_run_gives_the_model_of_a_real_run_over_mqtt_bit_for_bit(
-    reference: Reference, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = shutil.copytree(reference.cache, tmp_path / "cache")
+def like_the_real_one(
+    world: World, reference: Reference, folder: Path, monkeypatch: pytest.MonkeyPatch, codec: str = "f32"
+) -> Path:
+    """Simulate what the two devices of `fleets.Fleet` do over MQTT; -> the simulation's folder."""
+    cache = shutil.copytree(reference.cache, folder / "cache")
     if (cache_folder() / "graphs").exists():  # the coordinator's: the small model's graphs are derived once
         shutil.copytree(cache_folder() / "graphs", cache / "graphs", dirs_exist_ok=True)
     monkeypatch.setenv("EDGE_CACHE", str(cache))
-    data = tmp_path / "all.csv"
+    data = folder / "all.csv"
     with data.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label", "device"])
         for number in range(2):
-            with write_data(tmp_path / f"{number}.csv", number).open(newline="") as one:
+            with write_data(folder / f"{number}.csv", number).open(newline="") as one:
                 writer.writerows([*row, f"user {number}"] for row in list(csv.reader(one))[1:])
-    folder = world.fleet("like-the-real-one", goal=2, quorum=2)
-    simulate(folder, SimOptions(data, classes="here", class_file=world.classes, partition="by:device"))
+    made = world.fleet(f"like-the-real-one-{codec}", goal=2, quorum=2, codec=codec, optimizer="fedavg")
+    simulate(made, SimOptions(data, classes="here", class_file=world.classes, partition="by:device"))
+    return made
+
+
+def test_a_simulated_run_gives_the_model_of_a_real_run_over_mqtt_bit_for_bit(
+    reference: Reference, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = like_the_real_one(world, reference, tmp_path, monkeypatch)
     ledger = FleetFolder(folder).ledger
     counted = [(n, c.device, c.num_examples) for n in (1, 2) for c in ledger.contributions("first", n).values()]
     assert counted == reference.counted
@@ -308,9 +326,7 @@ def test_options_that_make_no_sense_are_refused(changes: dict[str, Any], message
 def test_updates_go_in_the_fleets_codec_and_are_as_large_as_they_are(world: World) -> None:
     sent = {}
     for codec in ("f32", "int8"):
-        folder = world.fleet(f"codec-{codec}", rounds=1, goal=2)
-        config = folder / "fleet.toml"
-        config.write_text(config.read_text().replace('codec = "f32"', f'codec = "{codec}"'))
+        folder = world.fleet(f"codec-{codec}", rounds=1, goal=2, codec=codec)
         simulate(folder, world.options(devices=2, classes="here", partition="iid", dropout=0.0))
         row = rounds_of(folder)[1]
         assert (row["state"], row["committed"]) == ("published", 2)
@@ -318,10 +334,64 @@ def test_updates_go_in_the_fleets_codec_and_are_as_large_as_they_are(world: Worl
     assert sent["int8"] < 0.3 * sent["f32"]
 
 
-@pytest.mark.parametrize("codec", ["topk10", "auto"])
-def test_a_codec_with_error_feedback_is_refused(codec: str, world: World) -> None:
-    folder = world.fleet(f"refused-{codec}")
-    config = folder / "fleet.toml"
-    config.write_text(config.read_text().replace('codec = "f32"', f'codec = "{codec}"'))
-    with pytest.raises(UsageError, match="no error feedback"):
-        Simulation(folder, world.options(), progress=print, say=print, keep_going=lambda: True)
+def residuals(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "residual").glob("*"))}
+
+
+def test_what_top_k_left_out_is_sent_later_and_a_stop_at_any_point_changes_nothing(world: World) -> None:
+    """Stopped after a round's line is written and before it is settled, and then within a round."""
+    options = world.options(devices=2, classes="here", partition="iid", dropout=0.0, test=None)
+    whole, broken = (world.fleet(name, goal=2, codec="topk10") for name in ("topk-whole", "topk-broken"))
+    simulate(whole, options)
+    assert len(set(residuals(whole).values())) == 2, "each device has its own"
+
+    def stop_at_line(row: dict[str, Any]) -> None:
+        if "closed_s" in row and row["round"] == 1:
+            raise KeyboardInterrupt
+
+    seen: list[dict[str, Any]] = []
+    for progress, keep_going in ((stop_at_line, lambda: True), (seen.append, lambda: len(seen) < 1)):
+        with pytest.raises(KeyboardInterrupt):
+            simulate(broken, options, progress, keep_going)
+    simulate(broken, options)
+    assert rounds_of(broken) == rounds_of(whole)
+    assert tensors(broken) == tensors(whole)
+    assert residuals(broken) == residuals(whole)
+
+
+def test_an_upload_budget_leads_to_a_smaller_codec_in_the_simulation_too(world: World) -> None:
+    classes = world.folder / "upload.toml"
+    classes.write_text('[wide]\nmemory = "2GB"\n[narrow]\nmemory = "2GB"\nupload = "8KB"\n')
+    folder = world.fleet("auto", rounds=1, goal=2, codec="auto")
+    options = world.options(devices=2, classes="wide,narrow", class_file=classes, partition="iid", dropout=0.0)
+    simulate(folder, options)
+    sent = {d["class"]: d["bytes_up"] for d in rounds_of(folder)[1]["devices"]}
+    assert 0 < sent["narrow"] <= 8000 < sent["wide"]
+
+
+def test_a_simulations_folder_is_no_fleets(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["serve"], ["enroll", "pi-1"], ["broker"]):
+        assert main([*command, "--fleet", str(undisturbed)]) == UsageError.exit_code
+        assert "is a simulation's" in capsys.readouterr().err
+
+
+def test_the_choice_among_networks_goes_by_what_the_devices_can_train(
+    world: World, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shallow = tiny_model(tmp_path / "shallow", blocks=1)
+    classes = tmp_path / "classes.toml"
+    classes.write_text('[any]\nmemory = "2GB"\n[narrow]\nmemory = "2GB"\nupload = "45KB"\n')
+    command = [
+        "sim",
+        "choose",
+        str(shallow),
+        str(model),
+        "--fleet",
+        str(world.fleet("choose")),
+        "--data",
+        str(world.data),
+    ]
+    options = ["--devices", "4", "--classes", "any,narrow", "--class-file", str(classes), "--json"]
+    assert main([*command, *options]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["mean_depth"], row["chosen"]) for row in rows] == [(1.0, False), (1.5, True)]

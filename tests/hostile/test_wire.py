@@ -115,7 +115,7 @@ def read_one(name: str) -> Any:
     if folder == "section":
         return decode_section(CODECS[file.removeprefix("ok-").partition("-")[0]], SECTION_VALUES, path.read_bytes())
     if folder == "update":
-        return list(read_update(path, small_spec(), 0, "f16+zlib"))
+        return list(read_update(path, small_spec().suffix(0), "f16+zlib"))
     return decode_chunk(path.read_bytes()) if folder == "chunk" else read_safetensors(path)
 
 

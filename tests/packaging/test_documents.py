@@ -59,7 +59,8 @@ def flags() -> dict[str, dict[str, set[str]]]:
         found[program] = {"": set(FLAG.findall(top))}
         for command in commands:
             found[program][command] = set(FLAG.findall(help_of(main, [command])))
-    found["edge-coordinator"]["sim"] |= set(FLAG.findall(help_of(coordinator.main, ["sim", "compare"])))
+    for nested in ("compare", "choose"):
+        found["edge-coordinator"]["sim"] |= set(FLAG.findall(help_of(coordinator.main, ["sim", nested])))
     return found
 
 

@@ -1,57 +1,72 @@
-"""The methods by name. A method is how plans are chosen and how their results become one model; one file each.
+"""The methods by name. What a method is says `method.py`; one file each.
 
-All here aggregate layer by layer (`aggregate.py`); they differ in the plan alone. A method sees cost tables, budgets and
-numbers: never a weight, a socket or torch.
+A method sees cost tables, budgets, names, shapes and numbers: never a socket, a file or torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-from edge_coordinator.methods import baselines, caff
+from edge_coordinator.methods import baselines, caff, flexlora, flora, hetlora, lora
+from edge_coordinator.methods.method import Choice, Cohort, Configure, Method, State, by_table
 from edge_runtime.codecs import CODECS
-from edge_runtime.records import CostRow
+from edge_runtime.records import CostRow, TrainSettings
 from edge_runtime.wire import Join
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What a method decides for one device: a row of its cost table, or why it has none this round."""
-
-    row: CostRow | None
-    why: str = ""
+def _first_line(function: Callable[..., object]) -> str:
+    return (function.__doc__ or "").splitlines()[0]
 
 
-Choose = Callable[[Mapping[str, Sequence[CostRow]], int], dict[str, CostRow | None]]
+def _averaging(choose: Callable[..., Mapping[str, CostRow | None]]) -> Method:
+    """A method that differs in the plan alone."""
+    return Method(_first_line(choose), by_table(choose))
 
-METHODS: dict[str, Choose] = {
-    "caff": caff.choose,
-    "full": baselines.full,
-    "head": baselines.head,
-    "straggler": baselines.straggler,
-    "exclusive": baselines.exclusive,
+
+def _lora(configure: Configure, *, adapters: str = "ab") -> Method:
+    """A method that averages A and B separately."""
+    return Method(_first_line(configure), configure, adapters=adapters)
+
+
+METHODS: dict[str, Method] = {
+    "caff": _averaging(caff.choose),
+    "full": _averaging(baselines.full),
+    "head": _averaging(baselines.head),
+    "straggler": _averaging(baselines.straggler),
+    "exclusive": _averaging(baselines.exclusive),
+    "lora": _lora(lora.everywhere),
+    "ffa-lora": _lora(lora.only_b, adapters="b"),
+    "lora-suffix": _lora(lora.suffix),
+    "hetlora": hetlora.METHOD,
+    "flexlora": flexlora.METHOD,
+    "flora": flora.METHOD,
 }
-SUMMARIES: dict[str, str] = {name: (choose.__doc__ or "").splitlines()[0] for name, choose in METHODS.items()}
+SUMMARIES: dict[str, str] = {name: method.summary for name, method in METHODS.items()}
+DEFAULT_RANK = 8  # of a method with adapters, where fleet.toml names none
 
 
-def configure_train(method: str, joins: Mapping[str, Join], num_blocks: int, epochs: int) -> dict[str, Choice]:
-    """What each device of a cohort trains.
+def configure_train(
+    name: str, state: State, joins: Mapping[str, Join], *, number: int, num_blocks: int, settings: TrainSettings
+) -> tuple[dict[str, Choice], State]:
+    """What each device of a cohort trains, and the method's next state.
 
     Args:
-        joins: what each device said it could do; rows over its own budgets, and of depths that the model does not
-            have or of codecs that are not known, are not offered to the method.
+        joins: what each device said it could do; rows over its own budgets, of depths that the model does not have, of
+            codecs that are not known, or of ranks that the run does not have, are not offered to the method.
     """
     from edge_runtime.planner import feasible
 
+    method = METHODS[name]
+
+    def usable(row: CostRow) -> bool:
+        ranked = 1 <= row.rank <= settings.lora_rank if method.adapters and row.depth else row.rank == 0
+        return row.depth <= num_blocks and row.codec in CODECS and ranked
+
     tables = {
-        device: feasible(
-            [row for row in join.table if row.depth <= num_blocks and row.codec in CODECS], join.budget, epochs
-        )
+        device: feasible([row for row in join.table if usable(row)], join.budget, settings.epochs)
         for device, join in joins.items()
     }
-    chosen = METHODS[method](tables, num_blocks)
-    return {
-        device: Choice(row, "" if row else f"{method} leaves out a device with these budgets")
-        for device, row in chosen.items()
-    }
+    choices, after = method.configure(state, Cohort(number, joins, tables, num_blocks, settings))
+    why = f"{name} leaves out a device with these budgets"
+    return {device: c if c.row or c.why else replace(c, why=why) for device, c in choices.items()}, after

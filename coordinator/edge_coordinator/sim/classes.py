@@ -7,14 +7,16 @@ budget parser and errors.
 from __future__ import annotations
 
 import math
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edge_runtime.budget import parse_bytes, parse_seconds
 from edge_runtime.errors import UsageError
+from edge_runtime.records import Budget
 from edge_runtime.topics import check_id
 
 if sys.version_info >= (3, 11):
@@ -23,6 +25,7 @@ else:
     import tomli as tomllib
 
 GIB = 1 << 30
+Made = TypeVar("Made")
 # LEGEND (arXiv 2412.20004): 1 to 3 MB/s up, 15 MB/s down.
 UPLINK, DOWNLINK = (1e6, 3e6), 15e6
 AGX_GFLOPS = 2 * 512 * 1.377  # float32: multiply and add in each of 512 CUDA cores, at NVIDIA's 1377 MHz
@@ -55,6 +58,21 @@ class DeviceClass:
         return self.gflops if self.gflops is not None else math.inf, self.memory_bytes
 
 
+@dataclass(frozen=True)
+class OwnBudget:
+    """What one device has instead of its class's budgets; None is the class's."""
+
+    memory_bytes: int | None = None
+    time_s: float | None = None
+    upload_bytes: int | None = None
+
+    def instead_of(self, kind: DeviceClass) -> Budget:
+        """The device's budgets."""
+        time_s = kind.time_s if self.time_s is None else self.time_s
+        upload_bytes = kind.upload_bytes if self.upload_bytes is None else self.upload_bytes
+        return Budget(self.memory_bytes or kind.memory_bytes, time_s, upload_bytes)
+
+
 def _built_in(name: str, ram_bytes: int, gflops: float) -> DeviceClass:
     """Half of the RAM for training: a setting of ours, as a person might set `--memory 50%`, and no measurement."""
     return DeviceClass(name, ram_bytes // 2, gflops)
@@ -74,6 +92,8 @@ BUILT_IN: Mapping[str, DeviceClass] = {
         _built_in("jetson-agx", 32 * GIB, AGX_GFLOPS),
     )
 }
+DEVICE = re.compile(r"device-\d+")  # a section of this name is no class but one device's own budgets
+BUDGET_KEYS = ("memory", "time", "upload")
 KEYS = ("memory", "gflops", "uplink", "downlink", "availability", "time", "upload")
 
 
@@ -84,21 +104,50 @@ def read_classes(path: Path | None) -> dict[str, DeviceClass]:
         UsageError: the file cannot be read, or a value is wrong; names class and key.
     """
     found = dict(BUILT_IN)
+    for name, values in _sections(path).items():
+        if not DEVICE.fullmatch(name):
+            check_id("device class", name)
+            found[name] = _read(path, name, values, _one_class)
+    return found
+
+
+def read_budgets(path: Path | None) -> dict[str, OwnBudget]:
+    """The devices that have budgets of their own in a class file, by name. Raises: UsageError: as `read_classes`."""
+    sections = _sections(path).items()
+    return {name: _read(path, name, values, _own_budget) for name, values in sections if DEVICE.fullmatch(name)}
+
+
+def _sections(path: Path | None) -> dict[str, dict[str, Any]]:
     if path is None:
-        return found
+        return {}
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {error}") from None
     for name, values in raw.items():
-        check_id("device class", name)
         if not isinstance(values, dict):
             raise UsageError(f"{path}: {name} must be a section: [{name}]")
-        try:
-            found[name] = _one_class(name, values)
-        except UsageError as error:
-            raise UsageError(f"{path}: [{name}] {error}") from None
-    return found
+    return raw
+
+
+def _read(
+    path: Path | None, name: str, values: Mapping[str, Any], make: Callable[[str, Mapping[str, Any]], Made]
+) -> Made:
+    try:
+        return make(name, values)
+    except UsageError as error:
+        raise UsageError(f"{path}: [{name}] {error}") from None
+
+
+def _own_budget(name: str, values: Mapping[str, Any]) -> OwnBudget:
+    for key in values:
+        if key not in BUDGET_KEYS:
+            raise UsageError(f"has no {key!r}; a device has {', '.join(BUDGET_KEYS)}")
+    return OwnBudget(
+        parse_bytes(str(values["memory"])) if "memory" in values else None,
+        parse_seconds(str(values["time"])) if "time" in values else None,
+        parse_bytes(str(values["upload"])) if "upload" in values else None,
+    )
 
 
 def _one_class(name: str, values: Mapping[str, Any]) -> DeviceClass:

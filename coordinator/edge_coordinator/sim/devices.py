@@ -13,21 +13,24 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_coordinator.sim.classes import DeviceClass
+from edge_coordinator.sim.classes import DeviceClass, OwnBudget
 from edge_coordinator.sim.clock import Clock
 from edge_coordinator.sim.data import cut
 from edge_coordinator.sim.pool import Pool
+from edge_coordinator.sim.residuals import Residuals
+from edge_runtime.codecs import CODECS
 from edge_runtime.cost import Calibration, DataShape
 from edge_runtime.engine import Engine
 from edge_runtime.errors import DoesNotFit
-from edge_runtime.manifest import Manifest
+from edge_runtime.layout import A
+from edge_runtime.manifest import Manifest, StoredTensor
 from edge_runtime.model import ModelSpec
-from edge_runtime.planner import choose, cost_table
+from edge_runtime.planner import choose, cost_table, offered_ranks
 from edge_runtime.records import Budget, CostRow, TrainSettings
 from edge_runtime.store import BlobStore
 from edge_runtime.topics import Topics
@@ -50,8 +53,14 @@ class VirtualDevice:
     part: array[int]  # indices of its examples
     data: DataShape
     uplink_bytes_per_s: float
+    own: OwnBudget | None = None
     held: int = 0  # the newest model version that it holds whole
     online: bool = False
+
+    @property
+    def budget(self) -> Budget:
+        """Its own, or its class's."""
+        return (self.own or OwnBudget()).instead_of(self.kind)
 
 
 @dataclass
@@ -62,23 +71,28 @@ class Plans:
     calibrations: Mapping[str, Calibration]  # by class
     cached: bool
 
-    def table(self, device: VirtualDevice, settings: TrainSettings) -> tuple[tuple[CostRow, ...], Budget]:
+    def table(
+        self, device: VirtualDevice, settings: TrainSettings, adapters: str
+    ) -> tuple[tuple[CostRow, ...], Budget]:
         """The device's cost table and its budgets."""
-        budget = Budget(device.kind.memory_bytes, device.kind.time_s, device.kind.upload_bytes)
-        calibration = self.calibrations[device.kind.name]
-        return tuple(cost_table(self.spec, device.data, settings, calibration, budget, self.cached)), budget
+        budget, calibration = device.budget, self.calibrations[device.kind.name]
+        what = (self.spec, device.data, settings, calibration, budget, self.cached, adapters)
+        return tuple(cost_table(*what, offered_ranks(self.spec, settings, adapters))), budget
 
 
 @dataclass
 class Downloads:
-    """How many bytes a device must fetch, by the version that it holds: parts of the model change with rounds."""
+    """How many bytes a device must fetch, by the version that it holds: parts of the model change with rounds.
 
-    changed: dict[int, int] = field(default_factory=dict)  # part of the model -> the version in which it last changed
+    The adapters of a part, and A and B of them, count as parts of their own.
+    """
+
+    changed: dict[int, int] = field(default_factory=dict)  # number of a part -> the version in which it last changed
 
     def publish(self, before: Manifest, after: Manifest) -> list[int]:
         """Note a new version; -> the parts that changed in it."""
-        old = {t.name: t.blob for t in before.tensors}
-        parts = sorted({t.part for t in after.tensors if old[t.name] != t.blob})
+        old = {tensor.name: tensor.blob for _, tensor in _numbered(before)}
+        parts = sorted({number for number, tensor in _numbered(after) if old.get(tensor.name) != tensor.blob})
         self.changed |= dict.fromkeys(parts, after.version)
         return parts
 
@@ -86,8 +100,18 @@ class Downloads:
         """Manifest, and the tensors that are newer than what is held; everything for a device that holds nothing."""
         if held == manifest.version:
             return 0
-        total = manifest_bytes + sum(t.num_bytes for t in manifest.tensors if self.changed.get(t.part, 1) > held)
+        fresh = (t for number, t in _numbered(manifest) if self.changed.get(number, 1) > held)
+        total = manifest_bytes + sum(t.num_bytes for t in fresh)
         return total + (0 if held else manifest.tokenizer_bytes + manifest.graphs_bytes)
+
+
+def _numbered(manifest: Manifest) -> Iterator[tuple[int, StoredTensor]]:
+    """Every tensor with the number of what it belongs to: its part, or beyond all parts its block's A or B."""
+    for tensor in manifest.tensors:
+        yield tensor.part, tensor
+    for tensor in manifest.adapters:
+        kind = 1 if tensor.name.endswith(A) else 2
+        yield kind * (manifest.num_blocks + 1) + tensor.part, tensor
 
 
 class VirtualFleet:
@@ -110,6 +134,7 @@ class VirtualFleet:
         corpus: Corpus,
         store: BlobStore,
         updates: BlobStore,
+        residuals: Residuals,
         seed: int,
         dropout: float,
         threads: int,
@@ -121,6 +146,7 @@ class VirtualFleet:
         self.downloads = Downloads()
         self.rows: dict[str, dict[str, Any]] = {}
         self._plans, self._engine, self._corpus, self._store, self._updates = plans, engine, corpus, store, updates
+        self._residuals = residuals
         self._seed, self._dropout, self._threads = seed, dropout, threads
         self._round: Round | None = None
         self._manifest: Manifest | None = None
@@ -152,6 +178,15 @@ class VirtualFleet:
         rows = [self.rows[name] for name in sorted(self.rows)]
         self.rows, self._round = {}, None
         return rows
+
+    def recall(self, last: Mapping[str, Any]) -> None:
+        """What was left undone of the last round in the results, if a kill came between."""
+        self._residuals.settle(last["devices"], lambda device: self.pool.residual(work_name(last["round"], device)))
+
+    def settle(self, number: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A round is in the results: what its updates left out is kept from now on, and its trainings are forgotten."""
+        self._residuals.settle(rows, lambda device: self.pool.residual(work_name(number, device)))
+        self.pool.end_round()
 
     # a round
 
@@ -192,7 +227,7 @@ class VirtualFleet:
         row |= {"status": "joined", "held": device.held, "bytes_down": num_bytes, "download_s": round(seconds, 6)}
         if not device.online:
             return
-        table, budget = self._plans.table(device, round_.settings)
+        table, budget = self._plans.table(device, round_.settings, round_.adapters)
         reason = ""
         try:
             choose(table, budget, round_.settings.epochs)
@@ -207,7 +242,7 @@ class VirtualFleet:
         row, chosen = self.rows[device.name], grant.plan.chosen
         train_s = chosen.total_s(grant.plan.settings.epochs)
         upload_s = chosen.upload_bytes / device.uplink_bytes_per_s
-        row |= {"status": "planned", "depth": chosen.depth, "checkpointing": chosen.checkpointing, "micro_batch": chosen.micro_batch,
+        row |= {"status": "planned", "depth": chosen.depth, "rank": chosen.rank, "checkpointing": chosen.checkpointing, "micro_batch": chosen.micro_batch,
                 "peak_bytes": chosen.peak_bytes, "train_s": round(train_s, 6), "upload_s": round(upload_s, 6)}  # fmt: skip
         due_s = self.clock.now_s + train_s + upload_s
         if self._chance("drop", device) < self._dropout:
@@ -222,10 +257,21 @@ class VirtualFleet:
     def _job(self, device: VirtualDevice, grant: Grant, manifest: Manifest, scratch: Path) -> Mapping[str, Any]:
         """As `Session.job`, for a part of the one data set."""
         cut(self._corpus, device.part, scratch / "corpus")
+        feedback = {}
+        if CODECS[grant.plan.chosen.codec].sparse:
+            draft = self.pool.residual(_work(grant, device))
+            feedback["residual"] = self._residuals.job(device.name, draft, grant.run, grant.round, manifest)
         return {
+            **feedback,
             "plan": to_plain(grant.plan),
             "smaller": [],
-            **model_job("train", manifest.spec, manifest.mapped(self._store)),
+            **model_job(
+                "train",
+                manifest.spec,
+                manifest.mapped(self._store),
+                manifest.mapped_adapters(self._store),
+                manifest.adapter_scale,
+            ),
             **self._engine.job(scratch / "cache"),
             "corpus": str((scratch / "corpus").absolute()),
             "test_corpus": None,
@@ -240,7 +286,9 @@ class VirtualFleet:
         report = trained.report
         if report is None:  # as an agent gives its plan back
             row |= {"status": "gave-up", "reason": trained.failure}
-            join = Join(grant.run, grant.round, BOOT, 0, Budget(device.kind.memory_bytes), (), 0, trained.failure[:500])
+            join = Join(
+                grant.run, grant.round, BOOT, 0, Budget(device.budget.memory_bytes), (), 0, trained.failure[:500]
+            )
             self._send(device, "join", join)
             return
         num_bytes = trained.update.stat().st_size
@@ -294,8 +342,12 @@ class VirtualFleet:
 
 
 def _work(grant: Grant, device: VirtualDevice) -> str:
+    return work_name(grant.round, device.name)
+
+
+def work_name(round_: int, device: str) -> str:
     """What a training is called on disk."""
-    return f"{grant.round}.{device.name}"
+    return f"{round_}.{device}"
 
 
 def chance(seed: int, *what: object) -> float:

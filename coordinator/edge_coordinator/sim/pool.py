@@ -1,7 +1,8 @@
 """Trains updates in worker processes, so many at a time, whoever is due first in virtual time first.
 
-The workers are the device's own (`edge_runtime.training.process`), one process for each training. A training that is done
-is on disk with its report, so that a simulation which was killed does not repeat it. No virtual time, no messages.
+A training that is done is on disk with its report, so that a simulation which was killed does not repeat it. What runs a
+training is given: the device's own worker process on this machine, or Ray's cluster (`ray_engine.py`). No virtual time, no
+messages.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from edge_runtime.errors import TrainingFailed
 from edge_runtime.records import TrainReport
@@ -22,6 +23,28 @@ from edge_runtime.wire import from_plain
 
 POLL_S = 0.02
 MakeJob = Callable[[Path], Mapping[str, Any]]
+
+
+class Running(Protocol):
+    """One training under way, as `edge_runtime.training.process.Worker`."""
+
+    def poll(self, timeout_s: float) -> dict[str, Any] | None:
+        """What it has said, {"result": ...} at its end, or None.
+
+        Raises:
+            EdgeError: it ended without a result.
+        """
+
+    def close(self) -> None:
+        """Stop it if it still runs. Idempotent."""
+
+
+Start = Callable[[Mapping[str, Any]], Running]
+
+
+def on_this_machine(threads: int) -> Start:
+    """A process of its own for each training."""
+    return lambda job: Worker(job, limit_bytes=None, threads=threads)
 
 
 @dataclass(frozen=True)
@@ -36,11 +59,11 @@ class Trained:
 class Pool:
     """The trainings of one round."""
 
-    def __init__(self, folder: Path, workers: int, threads: int, keep_going: Callable[[], bool]) -> None:
+    def __init__(self, folder: Path, workers: int, start: Start, keep_going: Callable[[], bool]) -> None:
         """Args: folder: for updates and reports that are done; `keep_going` turns False when the user wants to stop."""
-        self._folder, self._workers, self._threads, self._keep_going = folder, workers, threads, keep_going
+        self._folder, self._workers, self._start, self._keep_going = folder, workers, start, keep_going
         self._waiting: list[tuple[float, str, MakeJob]] = []
-        self._running: dict[str, Worker] = {}
+        self._running: dict[str, Running] = {}
         self._done: dict[str, Trained] = {}
         make_folder(folder, mode=0o700)
 
@@ -68,6 +91,10 @@ class Pool:
                 time.sleep(POLL_S)
         return self._done[name]
 
+    def residual(self, name: str) -> Path:
+        """Where a training leaves what error feedback keeps of it."""
+        return self._folder / f"{name}.residual"
+
     def end_round(self) -> None:
         """Stop what runs, and forget this round's trainings, on disk too."""
         self.close()
@@ -77,8 +104,8 @@ class Pool:
 
     def close(self) -> None:
         """Stop what runs; what is done stays on disk."""
-        for name, worker in self._running.items():
-            worker.close()
+        for name, running in self._running.items():
+            running.close()
             shutil.rmtree(self._scratch(name), ignore_errors=True)
         self._running.clear()
         self._waiting.clear()
@@ -90,14 +117,14 @@ class Pool:
             shutil.rmtree(scratch, ignore_errors=True)
             make_folder(scratch, mode=0o700)
             job = {**make_job(scratch), "update": str((self._folder / f"{name}.update").absolute())}
-            self._running[name] = Worker(job, limit_bytes=None, threads=self._threads)
+            self._running[name] = self._start(job)
 
     def _poll(self) -> bool:
-        """Read from every worker; -> whether one has ended."""
+        """Read from everything that runs; -> whether one has ended."""
         ended = False
-        for name, worker in list(self._running.items()):
+        for name, running in list(self._running.items()):
             try:
-                while (line := worker.poll(0.0)) is not None:
+                while (line := running.poll(0.0)) is not None:
                     if "result" in line:
                         ended = self._end(name, line["result"]["report"])
                         break

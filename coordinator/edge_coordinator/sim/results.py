@@ -15,7 +15,7 @@ import importlib.util
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,22 @@ Row = dict[str, Any]
 
 
 class Results:
-    """The result files in a simulation's folder."""
+    """The result files in a simulation's folder. Holds one round in memory.
+
+    Attributes:
+        last: the newest round, None before the first.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.rounds: list[Row] = _read_rounds(folder / ROUNDS_FILE, repair=True)
+        _repair(folder / ROUNDS_FILE)
+        self.last: Row | None = None
+        for row in self.rows():
+            self.last = row
+
+    def rows(self) -> Iterator[Row]:
+        """Every round in turn, from the disk."""
+        return _read_rounds(self.folder / ROUNDS_FILE)
 
     def settings(self, wanted: Mapping[str, Any], calibrate: Callable[[], Any]) -> Row:
         """What is being simulated: as the folder has it, or `wanted` and a fresh calibration in a new one.
@@ -61,36 +72,52 @@ class Results:
             file.write(json.dumps(row).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self.rounds.append(row)
+        self.last = row
 
     def write_tables(self) -> list[Path]:
         """rounds.csv and devices.csv, and as Parquet where pyarrow is installed; -> what was written."""
-        rounds = [flat(row) for row in self.rounds]
-        devices = [{"round": row["round"], **device} for row in self.rounds for device in row["devices"]]
         written = []
-        for name, rows in (("rounds", rounds), ("devices", devices)):
-            if not rows:
+        tables: Mapping[str, Callable[[], Iterator[Row]]] = {
+            "rounds": lambda: map(flat, self.rows()),
+            "devices": lambda: ({"round": row["round"], **device} for row in self.rows() for device in row["devices"]),
+        }
+        for name, rows in tables.items():
+            header = columns(rows())
+            if not header:
                 continue
-            written.append(_write_csv(self.folder / f"{name}.csv", rows))
+            table = _write_csv(self.folder / f"{name}.csv", header, rows())
+            written.append(table)
             if importlib.util.find_spec("pyarrow"):
-                written.append(_write_parquet(self.folder / f"{name}.parquet", rows))
+                written.append(_write_parquet(table.with_suffix(".parquet"), table))
         return written
 
 
-def _read_rounds(path: Path, *, repair: bool) -> list[Row]:
-    """Every whole line; with `repair` what a kill left of a last one is removed."""
+def _repair(path: Path) -> None:
+    """Remove what a kill left of a last line."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            whole = max((file.tell() for line in iter(file.readline, b"") if line.endswith(b"\n")), default=0)
+            size = file.seek(0, os.SEEK_END)
     except FileNotFoundError:
-        return []
-    whole = data[: data.rfind(b"\n") + 1]
-    if repair and len(whole) < len(data):
+        return
+    if whole < size:
         with disk_errors(path), path.open("r+b") as file:
-            file.truncate(len(whole))
+            file.truncate(whole)
+
+
+def _read_rounds(path: Path) -> Iterator[Row]:
+    """Every whole line."""
     try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise StoreError(f"{path} is damaged ({error}): simulate into another folder") from None
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        for line in file:
+            if line.endswith(b"\n"):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise StoreError(f"{path} is damaged ({error}): simulate into another folder") from None
 
 
 def read_results(folder: Path) -> tuple[Row, list[Row]]:
@@ -102,7 +129,7 @@ def read_results(folder: Path) -> tuple[Row, list[Row]]:
     settings = read_json(folder / SETTINGS_FILE)
     if settings is None:
         raise UsageError(f"{folder} holds no simulation: there is no {SETTINGS_FILE}")
-    return settings, _read_rounds(folder / ROUNDS_FILE, repair=False)
+    return settings, list(_read_rounds(folder / ROUNDS_FILE))
 
 
 def flat(row: Mapping[str, Any]) -> Row:
@@ -116,26 +143,25 @@ def flat(row: Mapping[str, Any]) -> Row:
     return found
 
 
-def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Every key, in the order in which they appear."""
     return list({key: None for row in rows for key in row})
 
 
-def _write_csv(path: Path, rows: Sequence[Row]) -> Path:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns(rows), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Row]) -> Path:
     with atomic_writer(path) as file:
-        file.write(text.getvalue().encode())
+        text = io.TextIOWrapper(file, "utf-8", newline="")
+        writer = csv.DictWriter(text, header, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        text.detach()
     return path
 
 
-def _write_parquet(path: Path, rows: Sequence[Row]) -> Path:
-    pyarrow = require("pyarrow", extra="sim")
+def _write_parquet(path: Path, table: Path) -> Path:
+    """The same, with the types that its columns have."""
+    read = require("pyarrow.csv", extra="sim")
     parquet = require("pyarrow.parquet", extra="sim")
-    names = columns(rows)
-    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
     with atomic_writer(path) as file:
-        parquet.write_table(table, file)
+        parquet.write_table(read.read_csv(table, parse_options=read.ParseOptions(newlines_in_values=True)), file)
     return path

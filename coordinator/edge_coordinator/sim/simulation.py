@@ -9,29 +9,24 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_coordinator.fleet import Fleet
+from edge_coordinator.fleet import SIMULATED, Fleet
 from edge_coordinator.models import Models
 from edge_coordinator.server import Server
-from edge_coordinator.sim.classes import DeviceClass, deal, parse_shares, read_classes
+from edge_coordinator.sim.classes import DeviceClass, read_budgets
 from edge_coordinator.sim.clock import Clock, nothing
-from edge_coordinator.sim.data import packed, read_column, shape_of
-from edge_coordinator.sim.devices import Plans, VirtualDevice, VirtualFleet, chance
-from edge_coordinator.sim.partition import divide, parse_partition
-from edge_coordinator.sim.pool import Pool
+from edge_coordinator.sim.devices import Plans, VirtualDevice, VirtualFleet
+from edge_coordinator.sim.making import SimOptions, calibrated, calibrations, check_options, make_devices
+from edge_coordinator.sim.pool import Pool, Start, on_this_machine
+from edge_coordinator.sim.residuals import Residuals
 from edge_coordinator.sim.results import Results, Row
-from edge_coordinator.sim.speed import measured_gflops, scaled
 from edge_runtime import hardware
-from edge_runtime.budget import memory_budget
-from edge_runtime.calibration import calibrate
-from edge_runtime.codecs import AUTO, CODECS
-from edge_runtime.cost import Calibration, DataShape
+from edge_runtime.cost import Calibration
 from edge_runtime.engine import Engine, EngineOptions, find_engine
 from edge_runtime.errors import StoreError, UsageError
-from edge_runtime.local import DataOptions, Prepared, prepare
+from edge_runtime.local import Prepared, prepare
 from edge_runtime.manifest import Manifest
 from edge_runtime.model import ModelSpec
 from edge_runtime.source import Checkpoint, Source
@@ -40,37 +35,10 @@ from edge_runtime.topics import COORDINATOR, Topics
 from edge_runtime.training.corpus import Corpus
 from edge_runtime.training.process import model_job, run_worker
 from edge_runtime.transport import LocalBroker, LocalTransport, Message
+from edge_runtime.weights import MappedTensor
 from edge_runtime.wire import from_plain, to_plain
 
-MARK = "simulation"  # in the ledger: this folder is no real fleet's
-WORK_FOLDER = "work"
-MAX_DEVICES = 100_000
-
-
-@dataclass(frozen=True)
-class SimOptions:
-    """What is simulated, besides what fleet.toml says.
-
-    Attributes:
-        devices: how many; None for `by:COLUMN` alone, where every value of the column is one.
-        classes: names and shares of device classes; class_file: a TOML file with more of them.
-        dropout: the probability that a device vanishes after it has got a plan.
-        evaluate_every: rounds between two measurements of accuracy on `test`.
-        threads: of one training; more than one may change the last bits of a model.
-        workers: trainings at a time; changes nothing but how long it takes.
-    """
-
-    data: Path
-    test: Path | None = None
-    devices: int | None = None
-    classes: str = "pi-4"
-    class_file: Path | None = None
-    partition: str = "iid"
-    dropout: float = 0.0
-    evaluate_every: int = 1
-    threads: int = 1
-    workers: int = 1
-    reading: DataOptions = field(default_factory=DataOptions)
+WORK_FOLDER, RESIDUAL_FOLDER = "work", "residual"
 
 
 class Simulation:
@@ -87,7 +55,7 @@ class Simulation:
             UsageError: options that make no sense, or other ones than the folder's simulation had.
             DataError, ModelError, MissingExtra, StoreError: as their names say.
         """
-        _check(options)
+        check_options(options)
         self.options, self._progress, self._keep_going = options, progress, keep_going
         self.fleet = Fleet(folder)
         self.results = Results(folder)
@@ -95,31 +63,31 @@ class Simulation:
         self._rewind()
         self.models: Models = self.fleet.models(say)
         config, newest = self.fleet.config, self.models.newest()
-        _check_codec(config.train.codec)
         assert newest, "the first model was just imported"
         manifest = newest[0]
         say("reading the data")
         self._prepared = _prepare(manifest, self.models, options)
         self.corpus = Corpus(self._prepared.corpus)
         self.engine = _engine(manifest, self.models, say)
-        chosen = parse_shares(options.classes, read_classes(options.class_file))
-        kinds = [kind for kind, _ in chosen]
+        kinds = [kind for kind, _ in options.kinds]
         settings = self.results.settings(self._description(kinds), lambda: self._calibrated(manifest, say))
         calibration: Calibration = from_plain(Calibration, settings["calibration"], "calibration")
         self.spec: ModelSpec = manifest.spec
-        devices = self._devices(chosen)
+        devices = make_devices(options, self.spec.labels, self.corpus, config.train.seed)
         self._enroll([d.name for d in devices])
 
-        last = self.results.rounds[-1] if self.results.rounds else {"round": 0, "closed_s": 0.0}
+        last = self.results.last or {"round": 0, "closed_s": 0.0, "devices": []}
         self.clock = Clock(last["closed_s"] + (config.run.pause_s if last["round"] else 0.0))
         self.broker = LocalBroker()
-        self.pool = Pool(folder / WORK_FOLDER, options.workers, options.threads, keep_going)
+        start, workers = _start(options)
+        self.pool = Pool(folder / WORK_FOLDER, workers, start, keep_going)
         self.virtual = VirtualFleet(
             devices, self.broker, config.realm, self.clock, self.pool,
-            plans=Plans(self.spec, _calibrations(calibration, self.spec, self._prepared.data, config.train.batch_size, kinds), self.engine.cached),
+            plans=Plans(self.spec, calibrations(calibration, self.spec, self._prepared.data, config.train.batch_size, kinds), self.engine.cached),
             engine=self.engine, corpus=self.corpus, store=self.models.store, updates=self.models.updates,
-            seed=config.train.seed, dropout=options.dropout, threads=options.threads,
+            residuals=Residuals(folder / RESIDUAL_FOLDER), seed=config.train.seed, dropout=options.dropout, threads=options.threads,
         )  # fmt: skip
+        self.virtual.recall(last)
         self._recall(devices)
         self._opened_s = self.clock.now_s
         self._counts: dict[str, int] = {}  # of the round that is open
@@ -144,7 +112,7 @@ class Simulation:
         self._transport.start()
         self.virtual.transport.start()
         try:
-            if not self.results.rounds:
+            if self.results.last is None:
                 self._write(self._accuracy_row())
             while not self._settle():
                 if not self._keep_going():
@@ -182,6 +150,7 @@ class Simulation:
         """What the coordinator reports: its deadlines become times of the clock."""
         kind, run, now_s = event["event"], self.fleet.config.run, self.clock.now_s
         if kind == "round-opened":
+            self._hold()  # the run may have begun with other adapters
             self._opened_s, self._counts = now_s, {}
             self.clock.at(now_s + run.join_timeout_s, nothing)
         elif kind == "round-planned":
@@ -222,7 +191,7 @@ class Simulation:
         if self.options.test and (last or event["round"] % self.options.evaluate_every == 0):
             row |= self._accuracies(manifest)
         self._write(row | {"changed_parts": parts, "devices": work})
-        self.pool.end_round()
+        self.virtual.settle(event["round"], work)
 
     def _hold(self) -> None:
         run = self.server.run
@@ -253,7 +222,7 @@ class Simulation:
         """Accuracy on the test file, and for each device class by the labels that its devices hold."""
         assert self._prepared.test_corpus, "asked for with a test file alone"
         job = {
-            **model_job("evaluate", manifest.spec, manifest.mapped(self.models.store)),
+            **model_job("evaluate", manifest.spec, *self._mapped(manifest)),
             **self.engine.job(cache_folder()),
             "corpus": str(self._prepared.test_corpus),
             "batch_size": self.fleet.config.train.batch_size,
@@ -272,6 +241,10 @@ class Simulation:
                 by_class[kind] = round(sum(c * s for c, s in known) / sum(c for c, _ in known), 5)
         return {"accuracy": round(sum(right) / sum(total), 5), "accuracy_of": by_class}
 
+    def _mapped(self, manifest: Manifest) -> tuple[dict[str, MappedTensor], dict[str, MappedTensor], float]:
+        store = self.models.store
+        return manifest.mapped(store), manifest.mapped_adapters(store), manifest.adapter_scale
+
     def _labels_of(self, kind: str) -> list[int]:
         """How many examples of each label the devices of a class hold."""
         counts = [0] * len(self.spec.labels)
@@ -285,16 +258,16 @@ class Simulation:
 
     def _mark(self, folder: Path) -> None:
         ledger = self.fleet.ledger
-        if ledger.get(MARK) is None and (ledger.devices() or ledger.rounds()):
+        if ledger.get(SIMULATED) is None and (ledger.devices() or ledger.rounds()):
             raise UsageError(f"{folder} is a real fleet's: `edge-coordinator init` another folder to simulate in")
-        ledger.put(MARK, "1")
+        ledger.put(SIMULATED, "1")
         ledger.sync_when_told()
 
     def _rewind(self) -> None:
         """What the ledger has beyond the results is simulated again; trainings that are done are still on disk."""
-        rounds = self.results.rounds
+        last = self.results.last
         with self.fleet.ledger.transaction():
-            self.fleet.ledger.rewind(self.fleet.config.run.name, rounds[-1]["round"] if rounds else 0)
+            self.fleet.ledger.rewind(self.fleet.config.run.name, last["round"] if last else 0)
 
     def _description(self, kinds: Sequence[DeviceClass]) -> Row:
         """What must be the same when a simulation goes on."""
@@ -312,6 +285,7 @@ class Simulation:
             "devices": options.devices,
             "classes": options.classes,
             "figures": {kind.name: to_plain(kind) for kind in kinds},
+            "budgets": {name: to_plain(own) for name, own in read_budgets(options.class_file).items()},
             "partition": options.partition,
             "dropout": options.dropout,
             "evaluate_every": options.evaluate_every,
@@ -319,32 +293,9 @@ class Simulation:
         }
 
     def _calibrated(self, manifest: Manifest, say: Callable[[str], None]) -> Any:
-        say("measuring this machine with the model")
-        source, settings = _source(manifest, self.models), self.fleet.config.train
-        room = memory_budget("auto", hardware.profile(speed=False))
-        what = (source, self.engine, self._prepared.data, settings, self.options.threads, cache_folder())
-        return to_plain(calibrate(*what, budget_bytes=room, limit_bytes=room))
-
-    def _devices(self, chosen: Sequence[tuple[DeviceClass, float]]) -> list[VirtualDevice]:
-        options, seed = self.options, self.fleet.config.train.seed
-        names = self.spec.labels
-        labels = [names[i] for i in self.corpus.labels]
-        partition = parse_partition(options.partition)
-        groups = None
-        if partition.column:
-            groups = read_column(options.data, partition.column, options.reading, len(labels))
-
-        def classes_of(number: int) -> list[DeviceClass]:
-            order = sorted(range(number), key=lambda i: chance(seed, "class", i))
-            return deal(chosen, number, order)
-
-        parts, kinds = divide(partition, labels, groups, options.devices, seed, classes_of)
-        devices = []
-        for number, (part, kind) in enumerate(zip(parts, kinds, strict=True)):
-            name, (low, high) = f"device-{number}", kind.uplink_bytes_per_s
-            uplink = low + (high - low) * chance(seed, "uplink", name)
-            devices.append(VirtualDevice(name, kind, packed(part), shape_of(self.corpus, part), uplink))
-        return devices
+        settings, data = self.fleet.config.train, self._prepared.data
+        source = _source(manifest, self.models)
+        return to_plain(calibrated(source, self.engine, data, settings, self.options.threads, say))
 
     def _enroll(self, names: Sequence[str]) -> None:
         """No secret is behind these: nobody can connect as a virtual device."""
@@ -352,41 +303,15 @@ class Simulation:
         with self.fleet.ledger.transaction():
             for name in names:
                 if name not in known:
-                    self.fleet.ledger.enroll(name, MARK, time.time())
+                    self.fleet.ledger.enroll(name, SIMULATED, time.time())
 
     def _recall(self, devices: Sequence[VirtualDevice]) -> None:
         """What the devices held when the simulation was left."""
         by_name = {d.name: d for d in devices}
-        for row in self.results.rounds:
+        for row in self.results.rows():
             self.virtual.downloads.changed |= dict.fromkeys(row["changed_parts"], row["model_version"])
             for work in row["devices"]:
                 by_name[work["device"]].held = work["held"]
-
-
-def _check_codec(codec: str) -> None:
-    """Error feedback is a device's state over rounds, which virtual devices do not have yet."""
-    if codec == AUTO or CODECS[codec].sparse:
-        dense = ", ".join(name for name, made in CODECS.items() if not made.sparse)
-        raise UsageError(f"the simulation knows no error feedback: the codec must be one of {dense}, it is {codec!r}")
-
-
-def _check(options: SimOptions) -> None:
-    if not 0 <= options.dropout < 1:
-        raise UsageError(f"--dropout must be from 0 to below 1, it is {options.dropout}")
-    for flag, value in (
-        ("--evaluate-every", options.evaluate_every),
-        ("--threads", options.threads),
-        ("--workers", options.workers),
-    ):
-        if value < 1:
-            raise UsageError(f"{flag} must be at least 1, it is {value}")
-    if options.devices is not None and options.devices > MAX_DEVICES:
-        raise UsageError(f"--devices may be {MAX_DEVICES} at most, it is {options.devices}")
-    if options.reading.bad_rows == "skip" and parse_partition(options.partition).column:
-        raise UsageError("--skip-bad-rows cannot go with --partition by:COLUMN: correct the rows")
-    for path in (options.data, options.test):
-        if path is not None and not path.is_file():
-            raise UsageError(f"{path} is no file: give the data to simulate with")
 
 
 def _source(manifest: Manifest, models: Models) -> Source:
@@ -405,12 +330,15 @@ def _engine(manifest: Manifest, models: Models, say: Callable[[str], None]) -> E
     return find_engine(_source(manifest, models), EngineOptions(), cache_folder(), say, shipped)
 
 
-def _calibrations(
-    measured: Calibration, spec: ModelSpec, data: DataShape, batch_size: int, kinds: Sequence[DeviceClass]
-) -> Mapping[str, Calibration]:
-    """This machine's calibration for each class: the same memory, the class's seconds."""
-    here = measured_gflops(measured, spec, data, batch_size)
-    return {kind.name: scaled(measured, here / kind.gflops) if kind.gflops else measured for kind in kinds}
+def _start(options: SimOptions) -> tuple[Start, int]:
+    """-> (what runs a training, how many at a time)."""
+    if options.engine == "ray":
+        from edge_coordinator.sim.ray_engine import RayEngine
+
+        cluster = RayEngine(options.threads)
+        return cluster.start, options.workers or cluster.workers
+    cores = hardware.usable_cores()
+    return on_this_machine(options.threads), options.workers or max(1, cores // options.threads)
 
 
 def _summary(work: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> Row:

@@ -1,0 +1,120 @@
+"""What the devices made of a round, for the rule that closes it: exact means, and the updates' adapters matrix by matrix.
+
+One matrix and one device's adapter of it are in memory at a time. What a codec sent is unpacked to float32 on this disk
+first, so that each matrix can be read by itself: 4 bytes for each trained value of each update, as long as the round closes.
+numpy; no torch, no network, no ledger. Implements `methods.method.Collected`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_coordinator.aggregate import Partial, Update, mean_changes
+from edge_coordinator.methods.method import Change
+from edge_runtime.encoding import read_update
+from edge_runtime.errors import StoreError, WireError
+from edge_runtime.layout import A, B
+from edge_runtime.model import TensorSpec
+from edge_runtime.records import TrainSettings
+from edge_runtime.weights import MappedTensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class CollectedRound:
+    """A round that closes.
+
+    Attributes:
+        number: of the round.
+        settings: the run's.
+        adapted: the matrices that have an adapter, in the model's order.
+    """
+
+    def __init__(
+        self, number: int, settings: TrainSettings, trainable: Sequence[TensorSpec], partial: Partial, adapters: Mapping[str, MappedTensor],
+        updates: Sequence[RawUpdate],
+    ) -> None:  # fmt: skip
+        """Args: partial: sums over tensors of `trainable`; adapters: the published A and B; updates: by device, in order."""
+        self.number, self.settings = number, settings
+        self.adapted = [t for t in trainable if t.name.removesuffix(".weight") + A in adapters]
+        self._trainable, self._partial, self._adapters, self._updates = trainable, partial, adapters, updates
+
+    def means(self) -> Iterator[Change]:
+        """The mean delta of each tensor that was summed up."""
+        return mean_changes(self._trainable, self._partial)
+
+    def adapter(self, matrix: TensorSpec) -> tuple[Array, Array]:
+        """The published A and B, float64."""
+        a, b = (self._adapters[matrix.name.removesuffix(".weight") + end] for end in (A, B))
+        return a.array().astype("<f8"), b.array().astype("<f8")
+
+    def trained(self, matrix: TensorSpec) -> Sequence[TrainedAdapter]:
+        """The adapters of a matrix by device."""
+        stem = matrix.name.removesuffix(".weight")
+        a, b = self._adapters[stem + A], self._adapters[stem + B]
+        return [
+            TrainedAdapter(u.num_examples, a, b, u.places[stem + A], u.places[stem + B])
+            for u in self._updates
+            if stem + A in u.places
+        ]
+
+
+@dataclass(frozen=True)
+class RawUpdate:
+    """A device's deltas as float32 on this disk, each by its name."""
+
+    device: str
+    num_examples: int
+    places: Mapping[str, MappedTensor]
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """One device's adapter of one matrix: what it began from, cut to its rank, and its deltas."""
+
+    num_examples: int
+    start_a: MappedTensor
+    start_b: MappedTensor
+    delta_a: MappedTensor
+    delta_b: MappedTensor
+
+    @property
+    def rank(self) -> int:
+        """At most the published adapter's."""
+        return self.delta_a.shape[0]
+
+    def load(self) -> tuple[Array, Array]:
+        """-> A (rank, inputs), B (outputs, rank), float64."""
+        a = self.start_a.array()[: self.rank].astype("<f8") + self.delta_a.array()
+        b = self.start_b.array()[:, : self.rank].astype("<f8") + self.delta_b.array()
+        return a, b
+
+
+def unpack(update: Update, scratch: Path) -> RawUpdate:
+    """An update's deltas by name; what is not float32 yet is written to `scratch`.
+
+    Raises:
+        StoreError: the update is not there any more as it was checked.
+    """
+    path = update.path
+    if update.codec != "f32":
+        path = scratch
+        try:
+            with path.open("wb") as file:
+                for _, _, delta in read_update(update.path, update.layout, update.codec):
+                    file.write(delta.astype("<f4", copy=False).tobytes())
+        except (WireError, OSError) as error:
+            raise StoreError(f"{update.path} cannot be unpacked: {error}") from None
+    if path.stat().st_size != sum(t.num_bytes for t in update.layout):
+        raise StoreError(f"{update.path} is damaged: the disk has lost bytes that were there")
+    places, offset = {}, 0
+    for tensor in update.layout:
+        places[tensor.name] = MappedTensor(str(path), offset, tensor.shape)
+        offset += tensor.num_bytes
+    return RawUpdate(update.device, update.num_examples, places)

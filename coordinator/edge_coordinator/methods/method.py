@@ -1,0 +1,148 @@
+"""What a method is: how plans are chosen, how their results become one model, and what it remembers between rounds.
+
+A method is pure: state in, state out. The state is plain JSON values; the run keeps it in the ledger in one transaction with
+what it belongs to, so that a coordinator which was killed goes on to the same bits. A method sees cost tables, names, shapes
+and numbers, and arrays one tensor at a time; never a socket, a file or torch. Imports the runtime's records; numpy where
+arrays are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from edge_runtime.model import TensorSpec
+from edge_runtime.records import CostRow, TrainSettings
+from edge_runtime.wire import Join
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+State = Mapping[str, Any]  # plain JSON values; {} before the first round
+Tables = Mapping[str, Sequence[CostRow]]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """What a method knows when it plans a round.
+
+    Attributes:
+        joins: what each device said.
+        tables: of that, the rows within the device's own budgets that this method and model can use.
+    """
+
+    number: int
+    joins: Mapping[str, Join]
+    tables: Tables
+    num_blocks: int
+    settings: TrainSettings
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method decides for one device: a row of its cost table, or why it has none this round."""
+
+    row: CostRow | None
+    why: str = ""
+    ranks: tuple[int, ...] = ()  # of the adapters in each trained block, none above the row's; empty: the row's in all
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of one tensor of the model or of its adapters.
+
+    Attributes:
+        values: float64; what is added to the tensor, and passes through the server optimizer.
+        replaces: `values` are the tensor itself instead, and no optimizer sees them.
+    """
+
+    name: str
+    values: Array
+    replaces: bool = False
+
+
+class Trained(Protocol):
+    """One device's adapter of one matrix, after its training."""
+
+    @property
+    def num_examples(self) -> int:
+        """The device's."""
+
+    @property
+    def rank(self) -> int:
+        """At most the published adapter's."""
+
+    def load(self) -> tuple[Array, Array]:
+        """-> A (rank, inputs), B (outputs, rank), float64. Read from disk at each call."""
+
+
+class Collected(Protocol):
+    """What the devices made of a round, when it closes."""
+
+    @property
+    def number(self) -> int:
+        """Of the round."""
+
+    @property
+    def settings(self) -> TrainSettings:
+        """The run's."""
+
+    @property
+    def adapted(self) -> Sequence[TensorSpec]:
+        """The matrices that have an adapter, in the model's order."""
+
+    def means(self) -> Iterator[Change]:
+        """The mean delta of each tensor over the devices that trained it, weighted by their examples, from exact sums.
+
+        Of a method with `keeps_updates` only tensors of the model itself, such as the head's: not adapters.
+        """
+
+    def adapter(self, matrix: TensorSpec) -> tuple[Array, Array]:
+        """The published A and B of a matrix, which devices began from, float64."""
+
+    def trained(self, matrix: TensorSpec) -> Sequence[Trained]:
+        """The adapters of a matrix by device, in the order of the devices' names. Only with `keeps_updates`."""
+
+
+Configure = Callable[[State, Cohort], tuple[Mapping[str, Choice], State]]
+Aggregate = Callable[[State, Collected], tuple[Iterator[Change], State]]
+
+
+def averaged(state: State, collected: Collected) -> tuple[Iterator[Change], State]:
+    """Every tensor: the mean over the devices that trained it (FedAvg, McMahan et al., arXiv 1602.05629, layer by layer)."""
+    return collected.means(), state
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method.
+
+    Attributes:
+        summary: one line for lists and help texts.
+        configure: the plans of a cohort.
+        aggregate: the changes of the model, one at a time, and the next state.
+        adapters: what of LoRA adapters devices train and send: "ab", "b" (A stays), or "" (the blocks themselves).
+        keeps_updates: `aggregate` needs the updates themselves, so that they stay on disk until the round closes; else they
+            are summed up as they come.
+        remakes_adapters: A and B get another basis each round, so what a codec left out of them cannot be sent later.
+    """
+
+    summary: str
+    configure: Configure
+    aggregate: Aggregate = averaged
+    adapters: str = ""
+    keeps_updates: bool = False
+    remakes_adapters: bool = False
+
+
+def by_table(choose: Callable[[Tables, int], Mapping[str, CostRow | None]]) -> Configure:
+    """A `configure` that needs the tables alone and remembers nothing."""
+
+    def configure(state: State, cohort: Cohort) -> tuple[Mapping[str, Choice], State]:
+        chosen = choose(cohort.tables, cohort.num_blocks)
+        return {device: Choice(row) for device, row in chosen.items()}, state
+
+    return configure

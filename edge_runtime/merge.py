@@ -1,0 +1,120 @@
+"""A model's weights with what its adapters add: W + scale * B A, as files, so that they are mapped like any weights.
+
+For what runs no adapters: blocks below those that a device trains, evaluation, export, prediction. Made once below a cache
+folder and found again; a few sets are kept. Imports weights and the store; numpy inside functions, a mebibyte at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_runtime.layout import A, B
+from edge_runtime.model import ModelSpec
+from edge_runtime.store import disk_errors, make_folder
+from edge_runtime.weights import MappedTensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+FOLDER = "merged"  # below the cache folder
+KEEP = 4  # sets, the last used
+PIECE = 1 << 18  # values of a product in memory
+
+
+def merged(
+    spec: ModelSpec, weights: Mapping[str, MappedTensor], adapters: Mapping[str, MappedTensor], scale: float, cache: Path, *,
+    below: int | None = None,
+) -> dict[str, MappedTensor]:  # fmt: skip
+    """The weights, those that have an adapter which adds something in files below `cache`.
+
+    Args:
+        weights, adapters: in files that are named by their content, such as blobs: the set is found again by these names.
+        below: only of parts below this one; None: of all.
+
+    Raises:
+        StoreError: the disk is full or cannot be written.
+    """
+    pairs: dict[str, tuple[MappedTensor, MappedTensor]] = {}
+    for tensor in spec.tensors:
+        stem = tensor.name.removesuffix(".weight")
+        if stem + A in adapters and (below is None or tensor.part < below) and _adds(adapters[stem + B]):
+            pairs[tensor.name] = adapters[stem + A], adapters[stem + B]
+    if not pairs:
+        return dict(weights)
+    folder = cache / FOLDER / _key(pairs, weights, scale)
+    if not folder.is_dir():
+        _make(folder, pairs, weights, scale)
+    with contextlib.suppress(OSError):
+        os.utime(folder)
+        _evict(folder)
+    places = {n: MappedTensor(str(folder / str(i)), 0, weights[n].shape) for i, n in enumerate(pairs)}
+    return {**weights, **places}
+
+
+def product(a: Array, b: Array, scale: float) -> Iterator[Array]:
+    """scale * B A, flat float64, some rows at a time."""
+    rows = max(1, PIECE // a.shape[1])
+    for start in range(0, b.shape[0], rows):
+        piece: Array = b[start : start + rows].astype("<f8") @ a.astype("<f8")
+        yield (scale * piece).reshape(-1)
+
+
+def pieces(weight: MappedTensor, a: MappedTensor, b: MappedTensor, scale: float) -> Iterator[Array]:
+    """A matrix with its adapter, flat little-endian float32, some rows at a time: the sum is rounded once."""
+    flat, start = weight.array().reshape(-1), 0
+    for piece in product(a.array(), b.array(), scale):
+        piece += flat[start : start + piece.size]
+        start += piece.size
+        yield piece.astype("<f4")
+
+
+def _adds(b: MappedTensor) -> bool:
+    return any(piece.any() for piece in b.pieces())
+
+
+def _key(
+    pairs: Mapping[str, tuple[MappedTensor, MappedTensor]], weights: Mapping[str, MappedTensor], scale: float
+) -> str:
+    def place(tensor: MappedTensor) -> list[object]:
+        return [Path(tensor.path).name, tensor.offset, tensor.shape, tensor.dtype]
+
+    made_from = [scale, [[name, place(weights[name]), *map(place, pair)] for name, pair in pairs.items()]]
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+
+
+def _make(
+    folder: Path, pairs: Mapping[str, tuple[MappedTensor, MappedTensor]], weights: Mapping[str, MappedTensor], scale: float
+) -> None:  # fmt: skip
+    """All files, in a folder that appears whole."""
+    with disk_errors(folder):
+        make_folder(folder.parent)
+        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft."))
+        try:
+            for number, (name, pair) in enumerate(pairs.items()):
+                with (draft / str(number)).open("wb") as file:
+                    for piece in pieces(weights[name], *pair, scale):
+                        file.write(piece.tobytes())
+                    file.flush()
+                    os.fsync(file.fileno())
+            with contextlib.suppress(OSError):  # another process was faster
+                draft.rename(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _evict(used: Path) -> None:
+    """Leave the sets that were last used, and no draft that is older than they are."""
+    sets = sorted(used.parent.iterdir(), key=lambda f: f.stat().st_mtime, reverse=True)
+    for folder in sets[KEEP:]:
+        if folder != used:
+            shutil.rmtree(folder, ignore_errors=True)
