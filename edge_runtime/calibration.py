@@ -27,7 +27,7 @@ PROBE_S = 900.0  # after which a probe has failed
 LEAST_LIMIT = 1 << 20
 MOST_ROOM = 4 << 30  # budgets above this are one to the probe
 LEAST_CORRECTION, MOST_CORRECTION = 1.05, 4.0  # of the promised peak, after a kill
-LAW_VERSION = 7  # one more when the probe or the law changes, so that older measurements are not used
+LAW_VERSION = 8  # one more when the probe or the law changes, so that older measurements are not used
 
 
 def calibrate(

@@ -89,8 +89,10 @@ def measure_torch(probed: Probed) -> Calibration:
         backend.step(few)
     backend.touch()
     peak = process_memory()["VmHWM"]
-    runtime = max(0, peak - law_bytes(spec, probed.trained(1), False, FEW * length, 1, "sgd"))
-    return Calibration("torch", runtime, **seconds(backend, probed, 1, SIZES), rank=probed.rank)
+    saved = -(-backend.saved_bytes(few) // few.ids.size) if probed.rank else 0
+    runtime = max(0, peak - law_bytes(spec, probed.trained(1), False, FEW * length, 1, "sgd", saved))
+    found = seconds(backend, probed, 1, SIZES)
+    return Calibration("torch", runtime, **found, rank=probed.rank, saved_per_token_bytes=saved)
 
 
 def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibration:
