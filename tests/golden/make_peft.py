@@ -55,9 +55,11 @@ def write_numbers(path: Path, tensors: Sequence[TensorSpec]) -> dict[str, Mapped
 def write_base(folder: Path, *, labels: bool = True) -> Path:
     """The base model as a checkpoint folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    words = {"type": "WordLevel", "vocab": {"[PAD]": 0, "[UNK]": 1, "good": 2}, "unk_token": "[UNK]"}
+    words = {"type": "WordLevel", "vocab": {"[PAD]": 0, "[UNK]": 1, "good": 2, "bad": 3}, "unk_token": "[UNK]"}
     tokenizer = folder.parent / f"{folder.name}.tokenizer.json"
-    tokenizer.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": words}))
+    tokenizer.write_text(
+        json.dumps({"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": words})
+    )
     save_folder(folder, SPEC, write_numbers(folder.parent / f"{folder.name}.f32", SPEC.tensors), tokenizer)
     if not labels:
         config = json.loads((folder / "config.json").read_text())
