@@ -18,6 +18,7 @@ from edge_runtime.model import ModelSpec
 from edge_runtime.peft import Adapter, check_adapter, read_adapter
 from edge_runtime.source import Checkpoint, Source, find_checkpoint, open_source
 from edge_runtime.store import cache_folder, make_folder
+from edge_runtime.version_weights import pieces
 from edge_runtime.weights import MappedTensor
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 MAX_LABELS = 1 << 16
-MERGED_VALUES = 1 << 18  # of a matrix in memory while an adapter is added to it
 
 
 def merged(
@@ -36,21 +36,15 @@ def merged(
 
     Holds some rows of one matrix in memory.
     """
-    import numpy as np
-
     result = dict(weights)
     for tensor in spec.tensors:
         stem = tensor.name.removesuffix(".weight")
         if stem not in adapter.scales or tensor.part not in parts:
             continue
-        a, b = adapter.tensors[stem + A].array(), adapter.tensors[stem + B].array()
-        rows, first = max(1, MERGED_VALUES // tensor.shape[1]), 0
+        a, b = adapter.tensors[stem + A], adapter.tensors[stem + B]
         path = folder / f"{stem}.merged"
         with path.open("wb") as file:
-            for piece in weights[tensor.name].pieces(rows * tensor.shape[1]):
-                block = b[first : first + rows] @ a
-                first += rows
-                file.write((piece + block.reshape(-1) * np.float32(adapter.scales[stem])).astype("<f4").tobytes())
+            file.writelines(piece.tobytes() for piece in pieces(weights[tensor.name], a, b, adapter.scales[stem]))
         result[tensor.name] = MappedTensor(str(path), 0, tensor.shape)
     return result
 

@@ -147,7 +147,7 @@ def _whole(manifest: Manifest, store: BlobStore, scratch: Path) -> dict[str, Map
     weights = manifest.mapped(store)
     if not manifest.adapters:
         return weights
-    from edge_runtime.merge import merged
+    from edge_runtime.version_weights import merged
 
     return merged(manifest.spec, weights, manifest.mapped_adapters(store), manifest.adapter_scale, scratch)
 

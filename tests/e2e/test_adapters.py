@@ -15,6 +15,7 @@ from edge_coordinator.fleet import init
 from edge_coordinator.models import Models
 from edge_coordinator.sim.simulation import SimOptions, Simulation
 from edge_runtime.manifest import Manifest
+from edge_runtime.merging import open_with_adapter
 from edge_runtime.source import find_checkpoint, open_source
 from edge_runtime.store import cache_folder
 from edge_runtime.weights import read_safetensors
@@ -105,8 +106,11 @@ def test_a_simulated_run_with_adapters_gives_the_model_of_the_real_one(
 
 
 @pytest.mark.slow
-def test_coordinator_and_device_export_the_same_merged_model(fleet: Fleet, tmp_path: Path) -> None:
-    assert main(["models", "--fleet", str(fleet.fleet), "--export", "4", "--out", str(tmp_path / "out")]) == 0
+def test_coordinator_and_device_export_the_same_model_merged_or_as_an_adapter(
+    fleet: Fleet, model: Path, tmp_path: Path
+) -> None:
+    where = ["--out", str(tmp_path / "out"), "--adapter-out", str(tmp_path / "adapter")]
+    assert main(["models", "--fleet", str(fleet.fleet), "--export", "4", *where]) == 0
     exported = read_safetensors(tmp_path / "out" / "model.safetensors")
     held = find_checkpoint(str(fleet.folder / "device-0"), progress=print)
     source = open_source(held, None, tmp_path)
@@ -122,6 +126,9 @@ def test_coordinator_and_device_export_the_same_merged_model(fleet: Fleet, tmp_p
         assert np.array_equal(exported[tensor.name].array(), whole.astype("<f4"))
         assert np.array_equal(source.weights[tensor.name].array(), whole.astype("<f4"))
     assert changed == 12
+    with open_with_adapter(str(model), tmp_path / "adapter", "edge_models.bert", print) as whole_source:
+        for name, tensor in exported.items():
+            assert np.array_equal(whole_source.weights[name].array(), tensor.array())
 
 
 @pytest.mark.slow
