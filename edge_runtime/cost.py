@@ -220,12 +220,13 @@ def dynamic_bytes(
     With one piece, gradients appear as activations go; with more, those of the pieces before are held throughout.
 
     Args:
-        saved_per_token: bytes that a block with adapters keeps for its backward pass, which depend on the targets.
+        saved_per_token: bytes that a block with adapters keeps for its backward pass, which depend on the targets; 0: as a
+            block that is trained itself.
     """
     unit = 4 * tokens * spec.hidden
     wide = spec.feed_forward / spec.hidden
     prefix = LAW.prefix * (2 + wide) * unit
-    saved = saved_per_token * tokens if what.rank else (LAW.per_block + LAW.per_inner * wide) * unit
+    saved = saved_per_token * tokens if what.rank and saved_per_token else (LAW.per_block + LAW.per_inner * wide) * unit
     working = (LAW.working + (LAW.adapted * wide if what.rank else 0)) * unit
     gradients, depth = what.num_bytes, what.depth
     if depth == 0:
