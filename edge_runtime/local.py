@@ -267,9 +267,11 @@ def train(
     """
     out, adapter_out = Path(out) if out else None, Path(adapter_out) if adapter_out else None
     device = device or Device.measure(speed=False)
+    base = _check_outputs(planned, out, adapter_out, delta=delta)
     chosen = _chosen(planned, depth)
     check_lora(planned.source.spec, chosen.settings, depth, planned.adapter)
-    base = _check_outputs(planned, chosen, out, adapter_out, delta=delta)
+    if adapter_out and not planned.adapter and not chosen.chosen.rank:
+        raise UsageError("there will be no adapters to write: give --lora-rank, room for a block, or no --adapter-out")
     folder = out or adapter_out
     assert folder, "one of them was asked for"
     is_new = not folder.exists()
@@ -313,21 +315,14 @@ def train(
     return Trained(folder, report, worker.enforced_by)
 
 
-def _check_outputs(
-    planned: Planned, plan: Plan, out: Path | None, adapter_out: Path | None, *, delta: bool
-) -> Path | None:
+def _check_outputs(planned: Planned, out: Path | None, adapter_out: Path | None, *, delta: bool) -> Path | None:
     """Whether a training's results may be written where they are to go; -> the base of a delta.
 
     Raises:
-        UsageError: they may not, or there will be no such result.
+        UsageError: they may not.
     """
     if out is None and adapter_out is None:
         raise UsageError("name a folder for the model, --out, or for its adapters, --adapter-out")
-    has_adapters, given = bool(plan.settings.lora_rank), planned.adapter is not None
-    if adapter_out and not has_adapters:
-        raise UsageError("there will be no adapters to write: give --lora-rank, or leave --adapter-out away")
-    if adapter_out and not given and plan.chosen.depth == 0:
-        raise UsageError("only the head fits, which has no adapters: raise a budget, or leave --adapter-out away")
     if delta and out is None:
         raise UsageError("--delta says how the model is written: name its folder, --out")
     if out and adapter_out and out.absolute() == adapter_out.absolute():

@@ -127,7 +127,7 @@ def test_what_makes_no_sense_is_told_so(base: Path, data: Path, plan: local.Plan
     with pytest.raises(UsageError, match="one folder"):
         local.train(plan, out, adapter_out=out)
     assert plan.chosen is not None
-    without = replace(plan.chosen, settings=TrainSettings())
+    without = replace(plan.chosen, settings=TrainSettings(), chosen=replace(plan.chosen.chosen, rank=0))
     with pytest.raises(UsageError, match="no adapters to write"):
         local.train(replace(plan, chosen=without), out, adapter_out=tmp_path / "a")
     assert not out.exists()
