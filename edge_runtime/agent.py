@@ -337,6 +337,8 @@ class Agent:
             try:
                 report: TrainReport = from_plain(TrainReport, line["result"]["report"], "report")
                 self.outbox.put(training.grant, report)
+                if self.keeper.manifest and not report.backed_off:
+                    self.session.trained(self.keeper.manifest, self.keeper.store, training.plan, report.peak_bytes)
             except (EdgeError, OSError) as error:
                 self._decline(training.grant, str(error))
                 return

@@ -90,7 +90,10 @@ def memory_budget(text: str, profile: DeviceProfile) -> int:
         if not 0 < share <= 1:
             raise UsageError(f"{text!r} must be above 0% and at most 100%")
         return int(available * share) // STEP_BYTES * STEP_BYTES
-    return min(parse_bytes(text), available)
+    size = parse_bytes(text)
+    if size == 0:
+        raise UsageError("no memory is no budget: write for example 300MB, or auto")
+    return min(size, available)
 
 
 def reserve_bytes(limit_bytes: int) -> int:

@@ -27,7 +27,8 @@ PROBE_S = 900.0  # after which a probe has failed
 LEAST_LIMIT = 1 << 20
 MOST_ROOM = 4 << 30  # budgets above this are one to the probe
 LEAST_CORRECTION, MOST_CORRECTION = 1.05, 4.0  # of the promised peak, after a kill
-LAW_VERSION = 8  # one more when the probe or the law changes, so that older measurements are not used
+RELAXED = 0.9  # what one training without a kill leaves of a correction at least
+LAW_VERSION = 9  # one more when the probe or the law changes, so that older measurements are not used
 
 
 def calibrate(
@@ -55,9 +56,10 @@ def calibrate(
     file = _file(cache, source.spec, engine, choices)
     if known := _read(file, engine, settings):
         return known
-    job = {**model_job("probe", source.spec, source.weights), **engine.job(cache), **choices}
+    limit = max(limit_bytes, LEAST_LIMIT)
+    job = {**model_job("probe", source.spec, source.weights), **engine.job(cache), **choices, "limit": limit}
     try:
-        result = run_worker(job, threads=threads, limit_bytes=max(limit_bytes, LEAST_LIMIT), timeout_s=PROBE_S)
+        result = run_worker(job, threads=threads, limit_bytes=limit, timeout_s=PROBE_S)
     except TrainingFailed as error:
         if not (error.out_of_memory or error.killed):
             raise
@@ -66,12 +68,41 @@ def calibrate(
             "free memory, or choose a smaller model or max_length",
             needed_bytes=limit_bytes + 1,
         ) from None
-    write_json(file, result)
     fresh: Calibration = from_plain(Calibration, result["calibration"], "calibration")
+    if fresh.block_peaks or engine.backend != GRAPH_BACKEND:  # else memory was short: another time there may be more
+        write_json(file, result)
     return fresh
 
 
-def correct(
+@dataclasses.dataclass(frozen=True)
+class Remembered:
+    """Where a calibration is remembered, for what `correct` and `relax` do to it."""
+
+    file: Path
+    engine: Engine
+    settings: TrainSettings
+
+    def correct(self, *, promised_bytes: int, limit_bytes: int) -> Calibration | None:
+        """After a process was killed at its limit, above its promise: promise more from now on. None if nothing was remembered."""
+        return self._scale(max(LEAST_CORRECTION, LEAST_CORRECTION * limit_bytes / max(1, promised_bytes)))
+
+    def relax(self, *, promised_bytes: int, peak_bytes: int) -> Calibration | None:
+        """After a training that stayed below a corrected promise: take a little of the correction back. None if there is none."""
+        known = _read(self.file, self.engine, self.settings)
+        if known is None or known.correction <= 1 or peak_bytes * LEAST_CORRECTION >= promised_bytes:
+            return None
+        return self._scale(max(RELAXED, LEAST_CORRECTION * peak_bytes / promised_bytes))
+
+    def _scale(self, factor: float) -> Calibration | None:
+        known = _read(self.file, self.engine, self.settings)
+        if known is None:
+            return None
+        scaled = dataclasses.replace(known, correction=max(1.0, min(MOST_CORRECTION, known.correction * factor)))
+        write_json(self.file, {"calibration": to_plain(scaled)})
+        return scaled
+
+
+def remembered(
     spec: ModelSpec,
     engine: Engine,
     data: DataShape,
@@ -79,19 +110,12 @@ def correct(
     threads: int,
     cache: Path,
     *,
-    promised_bytes: int,
-    limit_bytes: int,
     budget_bytes: int,
-) -> Calibration | None:
-    """After a process was killed at its limit, above its promise: from now on promise more. None if nothing was remembered."""
-    file = _file(cache, spec, engine, _choices(spec, engine, data, settings, threads, budget_bytes))
-    known = _read(file, engine, settings)
-    if known is None:
-        return None
-    more = max(LEAST_CORRECTION, LEAST_CORRECTION * limit_bytes / max(1, promised_bytes))
-    corrected = dataclasses.replace(known, correction=min(MOST_CORRECTION, known.correction * more))
-    write_json(file, {"calibration": to_plain(corrected)})
-    return corrected
+) -> Remembered:
+    """The place of what `calibrate` with the same arguments remembers."""
+    return Remembered(
+        _file(cache, spec, engine, _choices(spec, engine, data, settings, threads, budget_bytes)), engine, settings
+    )
 
 
 def _choices(

@@ -108,8 +108,14 @@ def _plan(args: Namespace) -> tuple[local.Planned, local.Device]:
         holdout=args.holdout,
         test=args.test,
         adapter=args.adapter,
+        depth=getattr(args, "depth", None),
         progress=note,
     )
+    if full := planned.prepared.full:
+        longest = planned.source.spec.max_length
+        note(
+            f"{full} of {planned.prepared.data.num_examples} texts fill {longest} tokens; what they have beyond is cut off"
+        )
     if planned.prepared.skipped:
         note(f"skipped {planned.prepared.skipped} bad rows; {'; '.join(planned.prepared.first_skipped[:3])}")
     return planned, device
@@ -266,6 +272,8 @@ def run_predict(args: Namespace) -> int:
             f"predict takes texts, --file or --evaluate, not {' and '.join(given)} together: leave out one"
         )
     predictor = Predictor(args.model, args.threads, family=args.family, adapter=args.adapter, progress=note)
+    if predictor.metadata.get("model_version") == "1":
+        note("this is the fleet's model 1, from before the first round")
     if args.evaluate:
         _print_accuracy(predictor, args)
         return 0

@@ -153,12 +153,16 @@ class Bar:
     def __init__(self, label: str) -> None:
         self._label, self._start, self._tenth = label, time.monotonic(), -1
         self._live = sys.stderr.isatty()
+        self._first: tuple[int, float] | None = None  # (step, seconds) that was first shown
 
     def __call__(self, step: int, steps: int, loss: float) -> None:
         """Show that `step` of `steps` is done."""
         elapsed = time.monotonic() - self._start
-        left = elapsed / step * (steps - step)
-        text = f"{self._label} {step}/{steps}  loss {loss:.3f}  {elapsed:.0f} s, {left:.0f} s left"
+        if self._first is None:
+            self._first = (step, elapsed)  # what came before was no step
+        first, before = self._first
+        left = f", {(elapsed - before) / (step - first) * (steps - step):.0f} s left" if step > first else ""
+        text = f"{self._label} {step}/{steps}  loss {loss:.3f}  {elapsed:.0f} s{left}"
         if self._live:
             done = 24 * step // steps
             end = "\n" if step == steps else ""

@@ -6,8 +6,12 @@ block) is measured once by the probe and comes in as a `Calibration`. Imports th
 
 from __future__ import annotations
 
+import functools
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated
 
 from edge_runtime.codecs import update_bytes
@@ -16,13 +20,14 @@ from edge_runtime.model import ModelSpec
 from edge_runtime.records import Bytes, CostRow, Range, Seconds, TrainSettings
 from edge_runtime.training.optimizers import state_bytes_per_parameter
 
-PADDING = 1.06  # padded tokens per real token with length bucketing, measured on TREC and Debian descriptions
 MARGIN = 1.03  # the promise stands this much above the law, so that a device keeps it,
 HEAP_BYTES = 12 << 20  # and this: holes in the heap, which come and go with the lengths of the texts
 PIECES_BYTES = 8 << 20  # more of them where a batch is cut into pieces of different sizes
 ROUND_BYTES = 1 << 20
+QUANTILES = 128
+BUCKETS = 16  # batches whose examples are sorted by length together
 GRAPH_BACKEND = "onnx"
-GRAPH_MARGIN, GRAPH_HEAP_BYTES = 1.02, 10 << 20  # the same for the graph backend, whose working memory is measured
+GRAPH_MARGIN, GRAPH_HEAP_BYTES = 1.02, 11 << 20  # the same for the graph backend, whose working memory is measured
 CACHE_BUFFERS = 4  # batches of features in memory while the cache is read ahead
 
 
@@ -33,6 +38,34 @@ class DataShape:
     num_examples: int
     longest: int
     mean_length: float
+    lengths: tuple[int, ...] = ()  # at evenly spaced quantiles, ascending; none: all are as long as the mean
+
+
+def shape_of(histogram: Sequence[int]) -> DataShape:
+    """The shape of data of which `histogram[n]` texts have n tokens."""
+    count, cumulated = sum(histogram), list(accumulate(histogram))
+    quantiles = [bisect_right(cumulated, (i + 0.5) / QUANTILES * count) for i in range(QUANTILES)]
+    longest = max(n for n, texts in enumerate(histogram) if texts)
+    mean = sum(n * texts for n, texts in enumerate(histogram)) / count
+    return DataShape(count, longest, mean, tuple(quantiles))
+
+
+@functools.lru_cache(maxsize=256)
+def padded_tokens(data: DataShape, batch: int, micro_batch: int) -> float:
+    """Tokens of a batch, with the padding that is left when texts of like length are together, each piece padded to its longest.
+
+    As `training.corpus` does it: BUCKETS batches are sorted by length together.
+    """
+    together = max(1, min(data.num_examples, batch * BUCKETS))
+    lengths = data.lengths or (math.ceil(data.mean_length),)
+    ascending = [lengths[int((i + 0.5) / together * len(lengths))] for i in range(together)]
+    tokens = 0
+    for start in range(0, together, batch):
+        stop = min(start + batch, together)
+        for piece in range(start, stop, micro_batch):
+            end = min(piece + micro_batch, stop)
+            tokens += (end - piece) * ascending[end - 1]
+    return tokens * batch / together
 
 
 @dataclass(frozen=True)
@@ -54,7 +87,7 @@ class Calibration:
     runtime_bytes: Bytes  # resident memory of the process that the law does not explain
     forward_fixed_s: Seconds  # one block forward
     forward_per_token_s: Seconds
-    train_fixed_s: Seconds  # one block forward and backward
+    train_fixed_s: Seconds  # one block forward and backward, as whole steps tell it
     train_per_token_s: Seconds
     update_per_parameter_s: Seconds  # optimizer
     rank: Annotated[int, Range(0, 1024)] = 0  # of the LoRA adapters that were measured
@@ -252,7 +285,7 @@ def cost(
         law = law_bytes(spec, what, checkpointing, *of_micro_batch)
         peak = (c.runtime_bytes + law) * MARGIN + HEAP_BYTES + (PIECES_BYTES if pieces > 1 else 0)
     peak *= c.correction
-    tokens = batch * min(data.mean_length * PADDING, data.longest)
+    tokens = padded_tokens(data, batch, micro_batch)
 
     def seconds(fixed_s: float, per_token_s: float) -> float:
         return pieces * fixed_s + tokens * per_token_s

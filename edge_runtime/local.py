@@ -12,14 +12,15 @@ import dataclasses
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_runtime import hardware
 from edge_runtime.budget import memory_budget, parse_bytes, parse_seconds
-from edge_runtime.calibration import calibrate, correct
-from edge_runtime.cost import Calibration, DataShape
+from edge_runtime.calibration import Remembered, calibrate, remembered
+from edge_runtime.cost import Calibration, DataShape, shape_of
 from edge_runtime.engine import Engine, EngineOptions, check_options, find_engine, torch_version
 from edge_runtime.errors import DataError, DoesNotFit, StoreError, TrainingFailed, UsageError
 from edge_runtime.local_lora import beginning, begun, check_lora, results
@@ -76,6 +77,7 @@ class Prepared:
     labels: tuple[str, ...]
     skipped: int
     first_skipped: tuple[str, ...]
+    full: int = 0  # training texts of max_length tokens: what they have beyond is cut off
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,13 @@ def prepare(
         tuple(found["labels"]),
         found["skipped"],
         tuple(found["first_skipped"]),
+        _lengths(Path(found["folder"]))[checkpoint.max_length],
     )
+
+
+def _lengths(corpus: Path) -> Counter[int]:
+    """How many texts have each length in tokens."""
+    return Counter({n: count for n, count in enumerate(read_json(corpus / "corpus.json")["lengths"]) if count})
 
 
 def plan(
@@ -155,6 +163,7 @@ def plan(
     holdout: float = 0.0,
     test: str | Path | None = None,
     adapter: str | Path | None = None,
+    depth: int | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Planned:
     """What could be trained here: every suffix depth with and without gradient checkpointing, and the choice.
@@ -167,6 +176,7 @@ def plan(
         holdout: share of the data kept for testing; `test` is a file for the same purpose.
         adapter: a folder with LoRA adapters, ours or PEFT's, to begin from; its rank and layers hold where the settings name
             none, its head where its labels are known.
+        depth: that `train` will be asked for, so that a wrong one is told before anything is measured.
 
     Raises:
         UsageError, DataError, ModelError, MissingExtra: as their names say. That nothing fits is no error here.
@@ -193,9 +203,10 @@ def plan(
     if len(prepared.labels) < 2:
         raise DataError(f"{data} has one label, {prepared.labels[0]!r}: a classifier needs examples of two at least")
     source = open_source(checkpoint, prepared.labels, cache)
+    _check_depth(source, depth)
     if given:
         source, given, settings = begun(source, given, settings, new_head=new_head, progress=progress)
-    check_lora(source.spec, settings)
+    check_lora(source.spec, settings, depth, given)
     found = find_engine(source, engine, cache, progress)
     progress("measuring this machine with the model")
     calibration = calibrate(
@@ -257,7 +268,8 @@ def train(
     out, adapter_out = Path(out) if out else None, Path(adapter_out) if adapter_out else None
     device = device or Device.measure(speed=False)
     chosen = _chosen(planned, depth)
-    base = _check_outputs(planned, chosen, out, adapter_out, delta=delta, depth=depth)
+    check_lora(planned.source.spec, chosen.settings, depth, planned.adapter)
+    base = _check_outputs(planned, chosen, out, adapter_out, delta=delta)
     folder = out or adapter_out
     assert folder, "one of them was asked for"
     is_new = not folder.exists()
@@ -284,6 +296,10 @@ def train(
             report: TrainReport = from_plain(TrainReport, wait_for(worker, progress)["report"], "report")
         except TrainingFailed as error:
             raise _corrected(error, planned, chosen, device) from None
+        if not report.backed_off:
+            _remembered(planned, chosen, device).relax(
+                promised_bytes=chosen.chosen.peak_bytes, peak_bytes=report.peak_bytes
+            )
         changed, adapter = results(source.spec, chosen, weights, start, planned.adapter, update, scratch)
         if adapter_out and adapter:
             write_adapter(adapter_out, adapter, planned.model)
@@ -298,7 +314,7 @@ def train(
 
 
 def _check_outputs(
-    planned: Planned, plan: Plan, out: Path | None, adapter_out: Path | None, *, delta: bool, depth: int | None
+    planned: Planned, plan: Plan, out: Path | None, adapter_out: Path | None, *, delta: bool
 ) -> Path | None:
     """Whether a training's results may be written where they are to go; -> the base of a delta.
 
@@ -308,8 +324,6 @@ def _check_outputs(
     if out is None and adapter_out is None:
         raise UsageError("name a folder for the model, --out, or for its adapters, --adapter-out")
     has_adapters, given = bool(plan.settings.lora_rank), planned.adapter is not None
-    if depth == 0 and has_adapters and not given:
-        raise UsageError("--depth 0 trains the head alone, which has no adapters: leave --lora-rank away, or go deeper")
     if adapter_out and not has_adapters:
         raise UsageError("there will be no adapters to write: give --lora-rank, or leave --adapter-out away")
     if adapter_out and not given and plan.chosen.depth == 0:
@@ -337,13 +351,22 @@ def _corrected(error: TrainingFailed, planned: Planned, plan: Plan, device: Devi
     """The error; if the process was killed at its limit, this machine's calibration now promises more."""
     if not error.out_of_memory:
         return error
-    promised, limit = plan.chosen.peak_bytes, planned.budget.memory_bytes
-    what = (planned.source.spec, planned.engine, planned.prepared.data, plan.settings)
-    correct(*what, device.threads, cache_folder(), promised_bytes=promised, limit_bytes=limit, budget_bytes=limit)
+    promised = plan.chosen.peak_bytes
+    _remembered(planned, plan, device).correct(promised_bytes=promised, limit_bytes=planned.budget.memory_bytes)
     return TrainingFailed(
         f"{error}, though {mib(promised)} were promised: the promises for this model are corrected, run the command again",
         out_of_memory=True,
     )
+
+
+def _remembered(planned: Planned, plan: Plan, device: Device) -> Remembered:
+    what = (planned.source.spec, planned.engine, planned.prepared.data, plan.settings)
+    return remembered(*what, device.threads, cache_folder(), budget_bytes=planned.budget.memory_bytes)
+
+
+def _check_depth(source: Source, depth: int | None) -> None:
+    if depth is not None and not 0 <= depth <= source.spec.num_blocks:
+        raise UsageError(f"the model has depths 0 to {source.spec.num_blocks}, not {depth}")
 
 
 def _chosen(planned: Planned, depth: int | None) -> Plan:
@@ -352,8 +375,9 @@ def _chosen(planned: Planned, depth: int | None) -> Plan:
     if depth is None:
         return planned.chosen
     of_depth = [(row, why) for row, why in zip(planned.rows, planned.why_not, strict=True) if row.depth == depth]
+    _check_depth(planned.source, depth)
     if not of_depth:
-        raise UsageError(f"the model has depths 0 to {planned.source.spec.num_blocks}, not {depth}")
+        raise DoesNotFit(f"depth {depth} does not fit: there was not enough memory even to measure a block")
     fitting = [row for row, why in of_depth if not why]
     if not fitting:
         raise DoesNotFit(
@@ -371,7 +395,6 @@ def read_shape(corpus: Path) -> DataShape:
     """
     stats = read_json(corpus / "corpus.json")
     try:
-        mean = sum(n * count for n, count in enumerate(stats["lengths"])) / stats["num_examples"]
-        return DataShape(stats["num_examples"], stats["longest"], mean)
-    except (KeyError, TypeError, ZeroDivisionError):
+        return shape_of(stats["lengths"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
         raise StoreError(f"{corpus / 'corpus.json'} is damaged: delete the folder {corpus}") from None

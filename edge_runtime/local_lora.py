@@ -47,12 +47,14 @@ def begun(
     return source, given, replace(settings, lora_rank=rank, lora_targets=names)
 
 
-def check_lora(spec: ModelSpec, settings: TrainSettings) -> None:
+def check_lora(spec: ModelSpec, settings: TrainSettings, depth: int | None, given: Adapter | None) -> None:
     """Whether adapters as asked for make sense for a model.
 
     Raises:
         UsageError: they do not.
     """
+    if depth == 0 and settings.lora_rank and given is None:
+        raise UsageError("--depth 0 trains the head alone, which has no adapters: leave --lora-rank away, or go deeper")
     if settings.lora_targets and not settings.lora_rank:
         raise UsageError("--lora-targets chooses layers for adapters: give their --lora-rank too")
     chosen = targets(spec, settings.lora_targets)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from edge_runtime.codecs import check_codec, pick_codec
-from edge_runtime.cost import Calibration, DataShape, cost, micro_batches
+from edge_runtime.cost import GRAPH_BACKEND, Calibration, DataShape, cost, micro_batches
 from edge_runtime.errors import DoesNotFit, UsageError
 from edge_runtime.layout import sent
 from edge_runtime.model import ModelSpec
@@ -66,7 +66,11 @@ def cost_table(
     LoRA, as in a plan; `ranks`: of the adapters in all blocks of a suffix, none above `settings.lora_rank`, which it is if there are none.
     """
     rows = []
-    suffixes = [(depth, rank) for depth in range(1, spec.num_blocks + 1) for rank in ranks or (settings.lora_rank,)]
+    suffixes = [
+        (depth, rank)
+        for depth in range(1, deepest_promised(spec, calibration) + 1)
+        for rank in ranks or (settings.lora_rank,)
+    ]
     for depth, rank in [(0, 0), *suffixes]:
         of_blocks = (rank,) * depth
         tensors = sent(spec, depth, of_blocks, settings.lora_targets, adapters)
@@ -83,6 +87,11 @@ def cost_table(
             fast = min(r.step_s for r in fitting) * (1 + NO_SLOWER)
             rows.append(min((r for r in fitting if r.step_s <= fast), key=lambda r: r.peak_bytes))
     return rows
+
+
+def deepest_promised(spec: ModelSpec, calibration: Calibration) -> int:
+    """The deepest suffix whose peak can be told: the head alone where there was no memory to measure a block."""
+    return 0 if calibration.backend == GRAPH_BACKEND and not calibration.block_peaks else spec.num_blocks
 
 
 def offered_ranks(spec: ModelSpec, settings: TrainSettings, adapters: str) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edge_runtime import hardware
 from edge_runtime.budget import memory_budget
-from edge_runtime.calibration import calibrate, correct
+from edge_runtime.calibration import Remembered, calibrate, remembered
 from edge_runtime.cost import Calibration, DataShape, cost
 from edge_runtime.engine import Engine, EngineOptions, check_options, find_engine
 from edge_runtime.local import DataOptions, prepare
@@ -122,19 +122,22 @@ class Session:
     def killed(self, manifest: Manifest, store: BlobStore, plan: Plan, limit_bytes: int) -> None:
         """A process was killed at its limit, above its promise: promise more for this model from now on."""
         made = self._prepare(manifest, store, plan.settings)
-        better = correct(
-            manifest.spec,
-            made.engine,
-            made.data,
-            plan.settings,
-            self.threads,
-            self._cache,
-            promised_bytes=plan.chosen.peak_bytes,
-            limit_bytes=limit_bytes,
-            budget_bytes=made.budget_bytes,
-        )
-        if better:
-            self._made = replace(made, calibration=better)
+        place = self._remembered(manifest, made, plan)
+        self._use(made, place.correct(promised_bytes=plan.chosen.peak_bytes, limit_bytes=limit_bytes))
+
+    def trained(self, manifest: Manifest, store: BlobStore, plan: Plan, peak_bytes: int) -> None:
+        """A training came to its end as planned: an earlier kill's correction may have been too much."""
+        made = self._prepare(manifest, store, plan.settings)
+        place = self._remembered(manifest, made, plan)
+        self._use(made, place.relax(promised_bytes=plan.chosen.peak_bytes, peak_bytes=peak_bytes))
+
+    def _remembered(self, manifest: Manifest, made: _Made, plan: Plan) -> Remembered:
+        what = (manifest.spec, made.engine, made.data, plan.settings, self.threads, self._cache)
+        return remembered(*what, budget_bytes=made.budget_bytes)
+
+    def _use(self, made: _Made, calibration: Calibration | None) -> None:
+        if calibration:
+            self._made = replace(made, calibration=calibration)
 
     def _prepare(self, manifest: Manifest, store: BlobStore, settings: TrainSettings) -> _Made:
         """Tokenise and calibrate, or remember it: both depend on the model's shape, not on its weights."""

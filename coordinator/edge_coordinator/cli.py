@@ -30,7 +30,7 @@ from edge_runtime.console import (
     until_told_to_stop,
 )
 from edge_runtime.errors import UsageError
-from edge_runtime.store import lock_folder
+from edge_runtime.store import is_locked, lock_folder
 from edge_runtime.topics import COORDINATOR, Topics
 from edge_runtime.transport import MqttTransport, Will
 from edge_runtime.version import software
@@ -304,6 +304,8 @@ def run_devices(args: argparse.Namespace) -> int:
         fleet.ledger.revoke(args.revoke)
         note(f"{args.revoke} is refused from now on; the broker ends its connection within 10 seconds")
     rows = fleet.ledger.devices()
+    if rows and not is_locked(args.fleet):
+        note("no coordinator runs here: states are as it heard them last")
     if args.json:
         print_json(rows)
         return 0

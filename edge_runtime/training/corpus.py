@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_runtime.cost import BUCKETS
 from edge_runtime.errors import DataError
 from edge_runtime.store import disk_errors, sync_folder
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from edge_runtime.data import Example
 
     Array = np.ndarray[Any, np.dtype[Any]]
-
-BUCKETS = 16  # batches whose examples are sorted by length together
 
 
 @dataclass(frozen=True)

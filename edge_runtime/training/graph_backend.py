@@ -229,26 +229,15 @@ class GraphBackend:
         kept = self._saving(self._spec.num_blocks - 1, piece)
         return sum(array.nbytes for name, array in kept.items() if name not in ("bias", "hidden"))
 
-    def timed(self, batch: Batch) -> dict[str, Callable[[], object]]:
-        """The parts of a step whose seconds the planner adds up, on one micro-batch."""
+    def block(self, batch: Batch) -> Callable[[], object]:
+        """A frozen block's forward pass on one micro-batch."""
         piece = self._embed(batch)
-        last = self._spec.num_blocks - 1
-        frozen = range(max(1, self._cut))
 
         def forward() -> None:
-            with self._tensors(frozen[0]) as tensors:
-                self._forward(frozen[0], piece, tensors, ("timed",))
+            with self._tensors(0) as tensors:
+                self._forward(0, piece, tensors, ("timed",))
 
-        def train() -> None:
-            kept = self._saving(last, piece)
-            self._backward(last, kept, kept.pop("out"))
-            self._drop_sums()
-
-        return {"forward": forward, "train": train}
-
-    def _drop_sums(self) -> None:
-        for name in self._sums.names():
-            self._sums.take(name)
+        return forward
 
     # parts of a step
 

@@ -53,6 +53,7 @@ class Probed:
     targets: Sequence[str] = ()
     precision: str = "float32"
     room: int | None = None  # bytes that no plan may pass: what would take more need not be measured
+    limit: int = 1 << 60  # bytes at which this process is ended
 
     def settings(self, batch_size: int) -> TrainSettings:
         """For steps whose memory is measured: the optimizer without states."""
@@ -91,12 +92,16 @@ def measure_torch(probed: Probed) -> Calibration:
     peak = process_memory()["VmHWM"]
     saved = -(-backend.saved_bytes(few) // few.ids.size) if probed.rank else 0
     runtime = max(0, peak - law_bytes(spec, probed.trained(1), False, FEW * length, 1, "sgd", saved))
-    found = seconds(backend, probed, 1, SIZES)
+    head = TorchBackend(spec, probed.weights, probed.plan("torch", 0, max(SIZES)), probed.threads)
+    found = seconds(head, backend, probed, 1, SIZES)
     return Calibration("torch", runtime, **found, rank=probed.rank, saved_per_token_bytes=saved)
 
 
 def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibration:
-    """Train the head, then the last two blocks: peaks at two sizes of the micro-batch, and the seconds of a block."""
+    """Train the head, then the last two blocks: peaks at up to three sizes of the micro-batch, and the seconds of a block.
+
+    Where memory is not enough for two blocks, one is trained, or none: then nothing but the head can be promised.
+    """
     from edge_runtime.training.graph_backend import GraphBackend
 
     spec, longest = probed.spec, max(4, min(probed.longest, probed.spec.max_length))
@@ -123,22 +128,35 @@ def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibrati
             points.append(Point(tokens, max(0, process_memory()["VmHWM"] - held)))
         return tuple(points)
 
-    depth = min(2, spec.num_blocks)
     # Each in a process of its own, so that no memory of the one is counted for the other.
-    head, block = (in_child(lambda d=d: peaks(backend_of(d), d)) for d in (0, depth))  # type: ignore[misc]
-    backend = backend_of(depth)
-    saved = backend.saved_bytes(probed.batch(1, longest)) // longest
+    head = in_child(lambda: peaks(backend_of(0), 0))
+    depth = deepest(probed, head[0], longest)
+    block = in_child(lambda: peaks(backend_of(depth), depth)) if depth else ()
+    alone = backend_of(0)
+    blocks = backend_of(depth) if depth else alone
     return Calibration(
         GRAPH_BACKEND,
         0,
-        **seconds(backend, probed, depth, SIZES[: len(block)]),
+        **seconds(alone, blocks, probed, depth, SIZES[: len(block or head)]),
         rank=probed.rank,
         precision=probed.precision,
         head_peaks=head,
         block_peaks=block,
         probed_depth=depth,
-        saved_per_token_bytes=saved,
+        saved_per_token_bytes=blocks.saved_bytes(probed.batch(1, longest)) // longest if depth else 0,
     )
+
+
+def deepest(probed: Probed, head: Point, longest: int) -> int:
+    """How many blocks, at most two, can be trained here by what the law says and training the head alone took."""
+    limit = min(hardware_room(), probed.limit)
+    for depth in (2, 1):
+        if depth > probed.spec.num_blocks:
+            continue
+        held = graph_law_bytes(probed.spec, probed.trained(depth), False, longest, longest, "sgd")
+        if head.peak_bytes + held <= limit:
+            return depth
+    return 0
 
 
 class Timed(Protocol):
@@ -147,21 +165,28 @@ class Timed(Protocol):
     def step(self, batch: Batch) -> float:
         """A whole step."""
 
-    def timed(self, batch: Batch) -> dict[str, Callable[[], object]]:
-        """One block forward, and one forward and backward."""
+    def block(self, batch: Batch) -> Callable[[], object]:
+        """One block forward."""
 
 
-def seconds(backend: Timed, probed: Probed, depth: int, sizes: Sequence[int]) -> dict[str, Any]:
-    """The seconds of a calibration. What a step of `depth` blocks takes besides its blocks and its update is the rest."""
+def seconds(head: Timed, blocks: Timed, probed: Probed, depth: int, sizes: Sequence[int]) -> dict[str, Any]:
+    """The seconds of a calibration, from whole steps of `head`, which trains that alone, and of `blocks`, which trains `depth` of them.
+
+    So the parts add up to what was measured for both, and to a line between them; a block forward is timed by itself.
+    """
     spec, points = probed.spec, dict[str, list[tuple[int, float]]](forward=[], train=[], rest=[])
-    sgd = update_s("sgd") * probed.trained(depth).total
+    update = update_s("sgd")
     for size in sizes:
         batch = probed.batch(size, probed.mean)
-        found = {what: median_s(work) for what, work in backend.timed(batch).items()}
-        blocks = depth * found["train"] + (spec.num_blocks - depth) * found["forward"]
-        found["rest"] = max(0.0, median_s(partial(backend.step, batch)) - blocks - sgd)
-        for what, taken in found.items():
-            points[what].append((batch.ids.size, taken))
+        head_s = median_s(partial(head.step, batch)) - update * probed.trained(0).total
+        forward_s = min(median_s(head.block(batch)), head_s / spec.num_blocks)
+        rest_s = head_s - spec.num_blocks * forward_s
+        train_s = forward_s
+        if depth:
+            whole_s = median_s(partial(blocks.step, batch)) - update * probed.trained(depth).total
+            train_s += max(0.0, whole_s - head_s) / depth
+        for what, taken in (("forward", forward_s), ("train", train_s), ("rest", rest_s)):
+            points[what].append((batch.ids.size, max(0.0, taken)))
     lines = {"update_per_parameter_s": update_s(probed.optimizer)}
     for what, measured in points.items():
         lines[f"{what}_fixed_s"], lines[f"{what}_per_token_s"] = line(measured)

@@ -102,8 +102,8 @@ class TorchBackend:
 
     # What the probe times: one block on a batch.
 
-    def timed(self, batch: Batch) -> dict[str, Callable[[], object]]:
-        """The parts of a step whose seconds the planner adds up, on one micro-batch; gradients are dropped."""
+    def block(self, batch: Batch) -> Callable[[], object]:
+        """A block's forward pass on one micro-batch."""
         ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)
         block = self._model.blocks[-1]
         with torch.no_grad():
@@ -113,10 +113,7 @@ class TorchBackend:
             with torch.no_grad():
                 block(hidden, bias)
 
-        def train() -> None:
-            block(hidden.detach().requires_grad_(), bias).sum().backward()
-
-        return {"forward": forward, "train": train}
+        return forward
 
     def saved_bytes(self, batch: Batch) -> int:
         """What the last block keeps of a batch for its backward pass, beside weights."""

@@ -131,9 +131,6 @@ def open_cache(job: Job, spec: ModelSpec, plan: Plan, data: Corpus) -> tuple[Pre
     """-> (the cache of the prefix's outputs, where the plan wants one and it pays; whether it pays).
 
     It may pay and not be there: no disk, another process has it.
-
-    It pays with several epochs, or in a fleet when the prefix has not changed since the round before: a round that is trained
-    again, after a crash, decides as it did the first time, so that it gives the same bits.
     """
     if not plan.chosen.cached:
         return None, False
@@ -144,9 +141,19 @@ def open_cache(job: Job, spec: ModelSpec, plan: Plan, data: Corpus) -> tuple[Pre
     key = prefix_key(spec, frozen_of(job, spec, plan), plan.chosen.depth, data.folder.name, plan.chosen.precision)
     pays = plan.settings.epochs > 1
     with contextlib.suppress(OSError, StoreError):
-        pays = prefix_before(root / "last-prefix", key, job.get("round")) == key or pays
+        before = prefix_before(root / "last-prefix", key, job.get("round"))
+        pays = cache_pays(plan.settings.epochs, job.get("round"), key, before)
         evict(root, free_share(root), key)
     return (PrefixCache.open(root, key, data, spec.hidden, free_share(root)) if pays else None), pays
+
+
+def cache_pays(epochs: int, round_: str | None, key: str, before: str) -> bool:
+    """Whether the prefix's outputs will be read again: with several epochs; in a fleet's first round, since most devices train
+    the same in the next; and later when the prefix has not changed since the round before.
+
+    A round that is trained again, after a crash, decides as it did the first time, so that it gives the same bits.
+    """
+    return epochs > 1 or before == key or (round_ is not None and not before)
 
 
 def prefix_before(record: Path, key: str, round_: str | None) -> str:
@@ -268,7 +275,8 @@ def probe(job: Job) -> dict[str, Any]:
     from edge_runtime.training.probe import Probed, measure_graphs, measure_torch
 
     choices = {
-        key: job[key] for key in ("mean", "longest", "threads", "optimizer", "rank", "targets", "precision", "room")
+        key: job[key]
+        for key in ("mean", "longest", "threads", "optimizer", "rank", "targets", "precision", "room", "limit")
     }
     probed = Probed(spec_of(job), weights_of(job), **choices)
     if job["backend"] == GRAPH_BACKEND:

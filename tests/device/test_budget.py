@@ -193,3 +193,9 @@ def test_no_budget_is_above_what_is_available_and_automatic_ones_are_whole_steps
         assert 0 <= budget <= profile.memory_available_bytes
         assert budget % STEP_BYTES == 0
     assert memory_budget("1GB", profile) == min(10**9, profile.memory_available_bytes)
+
+
+@pytest.mark.parametrize("text", ["0", "0MB", "0.5B"])
+def test_no_memory_is_no_budget(text: str) -> None:
+    with pytest.raises(UsageError, match="write for example 300MB, or auto"):
+        memory_budget(text, machine(4 << 30, 2 << 30))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from edge_runtime import calibration
-from edge_runtime.calibration import calibrate, correct
+from edge_runtime.calibration import calibrate, remembered
 from edge_runtime.cost import Calibration, DataShape, Point
 from edge_runtime.engine import Engine
 from edge_runtime.errors import DoesNotFit, ModelError, TrainingFailed
@@ -96,12 +96,32 @@ def test_another_failure_of_the_probe_is_told_as_it_is(error: Exception, probe: 
 
 
 def test_after_a_kill_at_the_limit_more_is_promised_each_time_but_not_without_end(probe: Probe, tmp_path: Path) -> None:
+    place = remembered(SPEC, ENGINE, DATA, TrainSettings(), 1, tmp_path, budget_bytes=200 * MIB)
+
     def killed() -> Calibration | None:
-        what = (SPEC, ENGINE, DATA, TrainSettings(), 1, tmp_path)
-        return correct(*what, promised_bytes=100 * MIB, limit_bytes=120 * MIB, budget_bytes=200 * MIB)
+        return place.correct(promised_bytes=100 * MIB, limit_bytes=120 * MIB)
 
     assert killed() is None, "nothing is remembered yet"
     ask(tmp_path)
     found = [calibrated.correction for calibrated in (killed() for _ in range(12)) if calibrated]
     assert found[0] == pytest.approx(1.05 * 1.2) and found == sorted(found) and found[-1] == 4.0
     assert ask(tmp_path).correction == 4.0
+
+
+def test_a_correction_that_was_too_much_is_taken_back_bit_by_bit_and_no_further(probe: Probe, tmp_path: Path) -> None:
+    ask(tmp_path)
+    place = remembered(SPEC, ENGINE, DATA, TrainSettings(), 1, tmp_path, budget_bytes=200 * MIB)
+    assert place.relax(promised_bytes=200 * MIB, peak_bytes=100 * MIB) is None, "there is no correction"
+    place.correct(promised_bytes=100 * MIB, limit_bytes=160 * MIB)
+    promised, needed = 168 * MIB, 120 * MIB  # of which 100 without the correction
+
+    def trained() -> float:
+        nonlocal promised
+        found = place.relax(promised_bytes=promised, peak_bytes=needed)
+        correction = (found or ask(tmp_path)).correction
+        promised = int(100 * MIB * correction)
+        return correction
+
+    found = [trained() for _ in range(8)]
+    assert found[0] == pytest.approx(0.9 * 1.68)
+    assert found[-1] == found[-2] == pytest.approx(1.05 * 1.2, rel=1e-3), "what it needed, and a little"

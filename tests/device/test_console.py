@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from edge_runtime.console import note, note_event
+from edge_runtime import console
+from edge_runtime.console import Bar, note, note_event
 
 FULL = Path("/dev/full")  # every write says that there is no space left
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this machine has no /dev/full")
@@ -132,3 +134,14 @@ signal.signal(signal.SIGHUP, signal.SIG_IGN)
 sys.exit(run_main(lambda: os.kill(os.getpid(), signal.SIGHUP) or 7))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 7
+
+
+def test_the_time_that_is_left_is_told_from_the_second_step_on_and_counts_no_start(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 30.0, 31.0, 32.0])  # made, then half a minute until the first step
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    bar = Bar("training")
+    for step in (1, 2, 3):
+        bar(step, 10, 0.5)
+    assert re.findall(r"(\d+) s left", capsys.readouterr().err) == ["8", "7"]

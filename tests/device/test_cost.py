@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,10 +20,13 @@ from edge_runtime.cost import (
     dynamic_bytes,
     law_bytes,
     micro_batches,
+    padded_tokens,
+    shape_of,
     static_bytes,
     trained,
 )
 from edge_runtime.records import CostRow, TrainSettings
+from edge_runtime.training.corpus import Corpus
 from edge_runtime.wire import from_plain, to_plain
 from tests.samples import quickly, small_spec
 
@@ -171,3 +176,22 @@ def test_a_row_and_a_calibration_may_travel() -> None:
     row = priced(2)
     assert from_plain(CostRow, to_plain(row), "row") == row
     assert from_plain(Calibration, to_plain(CALIBRATION), "calibration") == CALIBRATION
+
+
+def test_the_tokens_of_a_batch_are_those_that_the_corpus_gives(tmp_path: Path) -> None:
+    lengths = [4 + i * i % 97 for i in range(700)]
+    np.save(tmp_path / "tokens.npy", np.ones(sum(lengths), np.int32))
+    np.save(tmp_path / "starts.npy", np.cumsum([0, *lengths]))
+    np.save(tmp_path / "labels.npy", np.zeros(len(lengths), np.int32))
+    corpus, shape = Corpus(tmp_path), shape_of(np.bincount(lengths).tolist())
+    assert (shape.num_examples, shape.longest) == (700, max(lengths))
+    assert shape.mean_length == pytest.approx(sum(lengths) / 700)
+    for micro_batch in (1, 4, 16):
+        pieces = [p for b in corpus.epoch(16, 1) for p in corpus.batch(b).split(micro_batch)]
+        tokens = sum(piece.ids.size for piece in pieces) * 16 / 700
+        assert padded_tokens(shape, 16, micro_batch) == pytest.approx(tokens, rel=0.02)
+
+
+def test_texts_of_one_length_have_no_padding() -> None:
+    assert padded_tokens(shape_of([0, 0, 0, 0, 0, 90]), 16, 4) == 16 * 5
+    assert padded_tokens(DataShape(90, 5, 5.0), 16, 4) == 16 * 5

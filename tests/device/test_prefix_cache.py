@@ -29,7 +29,7 @@ from edge_runtime.training import prefix_cache
 from edge_runtime.training.cache_folders import delete_all, evict, in_memory
 from edge_runtime.training.corpus import Corpus, build_corpus
 from edge_runtime.training.prefix_cache import PrefixCache, cache_bytes, prefix_key
-from edge_runtime.training.worker import prefix_before
+from edge_runtime.training.worker import cache_pays, prefix_before
 from edge_runtime.weights import MappedTensor, read_safetensors, write_safetensors
 from tests.samples import quickly, small_spec
 from tests.worlds import fill, small_disk
@@ -816,3 +816,9 @@ def test_a_round_that_is_trained_again_decides_as_the_first_time(tmp_path: Path)
     assert prefix_before(record, "b", None) == "b" == prefix_before(record, "b", None), (
         "without rounds every training counts"
     )
+
+
+def test_it_pays_in_the_first_round_and_while_the_prefix_stays_the_same() -> None:
+    assert cache_pays(1, "run/1", "a", before="") and cache_pays(1, "run/2", "a", before="a")
+    assert not cache_pays(1, "run/2", "b", before="a"), "another prefix in each round is never read again"
+    assert cache_pays(2, "run/2", "b", before="a") and not cache_pays(1, None, "a", before="")

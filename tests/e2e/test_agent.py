@@ -182,10 +182,11 @@ def test_a_plan_whose_codec_is_over_the_upload_budget_or_unknown_is_given_back(
 def test_a_training_process_that_is_killed_is_started_again_as_it_was_then_smaller_then_given_back(
     tmp_path: Path, model: Path, own: Path
 ) -> None:
-    """The calibration is made to say that torch itself weighs nothing, and a batch is large: so smaller pieces save enough."""
+    """The calibration is made to say that torch itself weighs nothing and that each piece takes a second, and a batch is large:
+    so the plan is for one piece, and smaller ones save enough."""
     for file in (own / "cache" / "calibration").glob("*.json"):
         measured = json.loads(file.read_text())
-        measured["calibration"]["runtime_bytes"] = 0
+        measured["calibration"] |= {"runtime_bytes": 0, "rest_fixed_s": 1.0}
         file.write_text(json.dumps(measured))
     world = World(tmp_path / "f", model, devices=1, rounds=2)
     config = tmp_path / "f" / "fleet.toml"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,6 +203,9 @@ def test_a_model_is_the_same_whether_the_disk_takes_the_prefix_cache_or_not(
         cache.mkdir()
         if name == "refused":
             (cache / "prefixes").write_text("a file where the folder would be")
+            shutil.copytree(
+                tmp_path / "cache-kept" / "calibration", cache / "calibration"
+            )  # so that the plan is the same
         monkeypatch.setenv("EDGE_CACHE", str(cache))
         arguments = ("--data", str(data), "--depth", "1", "--epochs", "2", "--threads", "1", "--json")
         report = result(run(None, "train", str(model), *arguments, "--out", str(tmp_path / name)))
@@ -287,3 +291,29 @@ def test_the_idle_agent_stays_below_its_reserve(tmp_path: Path, model: Path, ref
         fleet.wait(fleet.finished)
         held = process_memory(fleet.processes["device-0"].pid)
     assert held["VmHWM"] <= AGENT_RESERVE_BYTES
+
+
+PLAN_WITHIN = """
+import dataclasses, json, sys
+from edge_runtime import Device, plan
+device = Device.measure(1, speed=False)
+available = int(sys.argv[2])
+left = dataclasses.replace(device.profile, ram_total_bytes=available + (64 << 20), ram_available_bytes=available,
+                           cgroup_limit_bytes=None, cgroup_available_bytes=None)
+planned = plan("minilm-l3", sys.argv[1], memory="1GB", device=dataclasses.replace(device, profile=left))
+print(json.dumps([[row.depth for row in planned.rows], planned.chosen and planned.chosen.chosen.depth]))
+"""
+
+
+@pytest.mark.slow
+def test_where_no_block_can_even_be_measured_the_head_is_planned_and_that_is_not_remembered(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_CACHE", str(tmp_path))
+    least = least_bytes(data, 0) + 14 * MIB  # with most of the reserve; a block takes 14 MiB more
+    shutil.rmtree(tmp_path / "calibration")
+    found = result(run_python(None, "-c", PLAN_WITHIN, str(data), str(least)))
+    assert found == [[0], 0]
+    assert not (tmp_path / "calibration").exists()
+    found = result(run_python(None, "-c", PLAN_WITHIN, str(data), str(1 << 33)))
+    assert max(found[0]) == found[1] == 3

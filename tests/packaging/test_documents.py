@@ -235,7 +235,7 @@ def test_memory_has_the_constants_of_the_law() -> None:
     ):
         assert formula in document
     assert f"* {cost.MARGIN} + {cost.HEAP_BYTES >> 20} MiB" in document
-    assert f"times {cost.PADDING} for padding" in document
+    assert f"{cost.BUCKETS} batches that are sorted by length together" in document
 
 
 def test_methods_lists_every_method() -> None:

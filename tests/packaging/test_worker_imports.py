@@ -120,6 +120,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "targets": [],
         "precision": "float32",
         "room": None,
+        "limit": 1 << 60,
         "backend": "torch",
         "graphs": None,
         "threads": 1,

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
+from edge_runtime import cost
 from edge_runtime.cost import DataShape
 from edge_runtime.data import read_examples
 from edge_runtime.errors import DataError
@@ -20,8 +21,10 @@ from edge_runtime.training.corpus import Corpus
 
 def shape_of(corpus: Corpus, part: Sequence[int]) -> DataShape:
     """What a part's costs depend on. Lengths in tokens."""
-    lengths = [int(corpus.starts[i + 1] - corpus.starts[i]) for i in part]
-    return DataShape(len(lengths), max(lengths), sum(lengths) / len(lengths))
+    import numpy as np
+
+    histogram = np.bincount([int(corpus.starts[i + 1] - corpus.starts[i]) for i in part])
+    return cost.shape_of([int(n) for n in histogram])
 
 
 def cut(corpus: Corpus, part: Sequence[int], folder: Path) -> None:
