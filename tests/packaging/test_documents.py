@@ -45,7 +45,7 @@ OTHERS = {  # flags of other programs that the documents speak of
         "--help",
     },
     "tools.datasets": {"--dir"},
-    "tools/bench": {"--steps", "--repeats", "--configurations", "--rows", "--out", "--quick"},
+    "tools/bench": {"--steps", "--repeats", "--configurations", "--lora", "--rows", "--out", "--quick"},
 }
 
 
