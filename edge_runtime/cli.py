@@ -21,6 +21,8 @@ from edge_runtime.source import DEFAULT_FAMILY
 from edge_runtime.training.optimizers import OPTIMIZERS
 from edge_runtime.version import software
 
+MERGED = "LoRA adapters, ours or PEFT's, to add into the model, which may be an alias then"
+
 _parser = partial(new_parser, exit_codes=EXIT_CODES)
 
 
@@ -100,11 +102,12 @@ def _add_train(commands: Commands) -> None:
         "Finetune a model on this device, within a memory budget, without any coordinator.",
         "edge-runtime train minilm-l6 --data texts.csv --out my-model",
         "edge-runtime train minilm-l3 --data t.csv --test held.csv --out m --memory 400MB --epochs 3",
+        "edge-runtime train minilm-l6 --data t.csv --lora-rank 8 --lora-targets q,v --adapter-out my-adapter",
     )
     _training_flags(train)
-    train.add_argument(
-        "--out", required=True, type=Path, help="folder for the finetuned model; one that is there already is replaced"
-    )
+    train.add_argument("--out", type=Path, help="folder for the finetuned model; one that is there already is replaced")
+    adapters = "folder for the LoRA adapters and the head alone, which PEFT reads too; with or instead of --out"
+    train.add_argument("--adapter-out", type=Path, metavar="FOLDER", help=adapters)
     train.add_argument(
         "--depth", type=int, help="train this suffix depth instead of the deepest that fits (0 = the head)"
     )
@@ -146,6 +149,7 @@ def _add_export(commands: Commands) -> None:
     )
     export.add_argument("model", help="a folder from `train`, or the --state folder of `join`")
     export.add_argument("--out", required=True, type=Path, help="the ONNX file to write")
+    export.add_argument("--adapter", type=Path, metavar="FOLDER", help=MERGED)
     export.add_argument("--data", type=Path, help="texts to compare on (default: a few built-in sentences)")
     export.add_argument("--family", default=DEFAULT_FAMILY, help="module that knows the architecture (%(default)s)")
     _data_flags(export)
@@ -164,6 +168,7 @@ def _add_predict(commands: Commands) -> None:
     model = "a folder from `train`, the --state folder of `join`, or an ONNX file from `edge-runtime export`"
     predict.add_argument("model", type=Path, help=model)
     predict.add_argument("text", nargs="*", help="texts to classify (default: one for each line of standard input)")
+    predict.add_argument("--adapter", type=Path, metavar="FOLDER", help=MERGED)
     predict.add_argument("--file", type=Path, help="read one text from each line of this file (-: standard input)")
     predict.add_argument("--evaluate", type=Path, metavar="DATA", help="print the accuracy on a labelled file instead")
     predict.add_argument("--top", type=_count, default=1, help="labels to show for each text (%(default)s)")
@@ -181,6 +186,11 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """Names between commas."""
+    return tuple(name.strip() for name in text.split(","))
+
+
 def _training_flags(command: argparse.ArgumentParser) -> None:
     """The flags of `plan` and `train`: model, data and budgets, then how to train."""
     add = command.add_argument
@@ -192,6 +202,8 @@ def _training_flags(command: argparse.ArgumentParser) -> None:
     add("--test", type=Path, help="held-out examples (default: a tenth of --data)")
     holdout = "share of --data held out when there is no --test; 0 for none (%(default)s)"
     add("--holdout", type=float, default=0.1, help=holdout)
+    adapter = "folder of LoRA adapters to begin from, ours or PEFT's; its rank and layers hold unless others are given"
+    add("--adapter", type=Path, metavar="FOLDER", help=adapter)
     memory = "peak memory of training: 450MB, 60%% of what is available, or auto (%(default)s)"
     add("--memory", default="auto", help=memory)
     add("--time", help="longest training, for example 15m")
@@ -222,6 +234,9 @@ def _settings_flags(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=base.seed, help="(%(default)s)")
     rank = "train LoRA adapters of this rank instead of the blocks themselves (%(default)s = the blocks)"
     add("--lora-rank", type=int, default=base.lora_rank, help=rank)
+    add("--lora-alpha", type=float, default=base.lora_alpha, help="adapters count alpha / rank times (%(default)s)")
+    layers = "linear layers that get them: q,k,v,o,up,down or ends of names such as attention.self.query (all)"
+    add("--lora-targets", type=_names, default=base.lora_targets, metavar="NAME[,NAME]", help=layers)
     add("--adapter-learning-rate", type=float, default=base.adapter_learning_rate, help="of adapters (%(default)s)")
 
 

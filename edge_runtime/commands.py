@@ -20,8 +20,6 @@ from edge_runtime.engine import EngineOptions
 from edge_runtime.errors import DoesNotFit, EdgeError, UsageError
 from edge_runtime.planner import mib
 from edge_runtime.records import DeviceProfile, TrainSettings
-from edge_runtime.source import find_checkpoint, open_source
-from edge_runtime.store import cache_folder
 
 if TYPE_CHECKING:
     from edge_runtime.data import Example
@@ -89,6 +87,8 @@ def _plan(args: Namespace) -> tuple[local.Planned, local.Device]:
         seed=args.seed,
         lora_rank=args.lora_rank,
         adapter_learning_rate=args.adapter_learning_rate,
+        lora_alpha=args.lora_alpha,
+        lora_targets=args.lora_targets,
     )
     device = local.Device.measure(args.threads, speed=False)
     bad_rows = "skip" if args.skip_bad_rows else "error"
@@ -107,6 +107,7 @@ def _plan(args: Namespace) -> tuple[local.Planned, local.Device]:
         engine=EngineOptions(args.backend, args.precision, not args.no_prefix_cache),
         holdout=args.holdout,
         test=args.test,
+        adapter=args.adapter,
         depth=getattr(args, "depth", None),
         progress=note,
     )
@@ -179,9 +180,8 @@ def _plan_cells(planned: local.Planned) -> list[list[str]]:
 def run_train(args: Namespace) -> int:
     """Plan, finetune in a worker process within the budget, save the model, and print what was promised and measured."""
     planned, device = _plan(args)
-    trained = local.train(
-        planned, args.out, device=device, depth=args.depth, delta=args.delta, progress=Bar("training")
-    )
+    outputs = {"delta": args.delta, "adapter_out": args.adapter_out}
+    trained = local.train(planned, args.out, device=device, depth=args.depth, **outputs, progress=Bar("training"))
     if args.json:
         print_json(
             dataclasses.asdict(trained.report)
@@ -199,7 +199,9 @@ def run_train(args: Namespace) -> int:
 def _trained_fields(planned: local.Planned, trained: local.Trained) -> list[tuple[str, str]]:
     report = trained.report
     what = "the head"
-    if report.depth:
+    if report.rank:
+        what = f"adapters of rank {report.rank} in the last {report.depth} of {planned.source.spec.num_blocks} blocks, and the head"
+    elif report.depth:
         what = f"the last {report.depth} of {planned.source.spec.num_blocks} blocks and the head"
     if report.checkpointing:
         what += ", with gradient checkpointing"
@@ -236,15 +238,17 @@ def _print_fields(width: int, fields: Sequence[tuple[str, str]]) -> None:
 def run_export(args: Namespace) -> int:
     """Write a model as one ONNX file and print how far its logits are from torch's."""
     from edge_runtime.export import check_file, export_onnx
+    from edge_runtime.merging import open_with_adapter
 
     check_file(args.out)
-    checkpoint = find_checkpoint(args.model, family=args.family, progress=note)
-    source = open_source(checkpoint, None, cache_folder())
     samples: Sequence[str] = SAMPLES
     if args.data:
         samples = [row.text for row in _read_rows(args.data, args, bad_rows="skip")[:MAX_SAMPLES]]
-    tokenizer = source.tokenizer.read_bytes()
-    report = export_onnx(source.spec, source.weights, tokenizer, args.out, samples=samples, metadata=source.metadata)
+    with open_with_adapter(args.model, args.adapter, args.family, note) as source:
+        tokenizer = source.tokenizer.read_bytes()
+        report = export_onnx(
+            source.spec, source.weights, tokenizer, args.out, samples=samples, metadata=source.metadata
+        )
     if args.json:
         print_json(dataclasses.asdict(report) | {"path": str(report.path)})
     else:
@@ -267,7 +271,7 @@ def run_predict(args: Namespace) -> int:
         raise UsageError(
             f"predict takes texts, --file or --evaluate, not {' and '.join(given)} together: leave out one"
         )
-    predictor = Predictor(args.model, args.threads, family=args.family, progress=note)
+    predictor = Predictor(args.model, args.threads, family=args.family, adapter=args.adapter, progress=note)
     if predictor.metadata.get("model_version") == "1":
         note("this is the fleet's model 1, from before the first round")
     if args.evaluate:

@@ -98,7 +98,7 @@ class Calibration:
     head_peaks: Annotated[tuple[Point, ...], Range(0, 16)] = ()  # the head alone trained
     block_peaks: Annotated[tuple[Point, ...], Range(0, 16)] = ()  # one or two blocks, as `probed_depth` says
     probed_depth: Annotated[int, Range(0, 2)] = 0
-    saved_per_token_bytes: Bytes = 0  # for each further trained block, without checkpointing
+    saved_per_token_bytes: Bytes = 0  # for each further trained block, without checkpointing; torch: with adapters
     correction: Annotated[float, Range(1, 16)] = 1.0  # of every promised peak, after a process was killed at its limit
 
 
@@ -109,6 +109,7 @@ class ActivationLaw:
     per_block: float = 8.0  # plus 2 for each `hidden` of feed-forward width: 16 in all for BERT's 4
     per_inner: float = 2.0
     working: float = 4.0  # beside the saved ones, while a block runs backward
+    adapted: float = 1.1  # times the feed-forward width more with adapters: 8.4 in all for BERT's 4
     prefix: float = 2.0  # for a block without gradients, times 2 + the feed-forward width: 12 in all for BERT's 4
 
 
@@ -211,16 +212,22 @@ def between(points: Sequence[Point], tokens: int) -> float:
     return low.peak_bytes + max(0.0, slope) * (tokens - low.tokens)
 
 
-def dynamic_bytes(spec: ModelSpec, what: Trained, checkpointing: bool, tokens: int, pieces: int) -> int:
+def dynamic_bytes(
+    spec: ModelSpec, what: Trained, checkpointing: bool, tokens: int, pieces: int, saved_per_token: int = 0
+) -> int:
     """Peak of activations and gradients in a step of `pieces` micro-batches, the largest of `tokens` padded tokens.
 
     With one piece, gradients appear as activations go; with more, those of the pieces before are held throughout.
+
+    Args:
+        saved_per_token: bytes that a block with adapters keeps for its backward pass, which depend on the targets; 0: as a
+            block that is trained itself.
     """
     unit = 4 * tokens * spec.hidden
     wide = spec.feed_forward / spec.hidden
     prefix = LAW.prefix * (2 + wide) * unit
-    saved = (LAW.per_block + LAW.per_inner * wide) * unit
-    working = LAW.working * unit
+    saved = saved_per_token * tokens if what.rank and saved_per_token else (LAW.per_block + LAW.per_inner * wide) * unit
+    working = (LAW.working + (LAW.adapted * wide if what.rank else 0)) * unit
     gradients, depth = what.num_bytes, what.depth
     if depth == 0:
         at_start, at_end = prefix, float(gradients)
@@ -231,9 +238,18 @@ def dynamic_bytes(spec: ModelSpec, what: Trained, checkpointing: bool, tokens: i
     return int(max(peak, gradients + 2 * 4 * what.largest))  # the optimizer's temporaries
 
 
-def law_bytes(spec: ModelSpec, what: Trained, checkpointing: bool, tokens: int, pieces: int, optimizer: str) -> int:
+def law_bytes(
+    spec: ModelSpec,
+    what: Trained,
+    checkpointing: bool,
+    tokens: int,
+    pieces: int,
+    optimizer: str,
+    saved_per_token: int = 0,
+) -> int:
     """What the law says beside the runtime: static and dynamic."""
-    return static_bytes(spec, what, optimizer) + dynamic_bytes(spec, what, checkpointing, tokens, pieces)
+    dynamic = dynamic_bytes(spec, what, checkpointing, tokens, pieces, saved_per_token)
+    return static_bytes(spec, what, optimizer) + dynamic
 
 
 def cost(
@@ -266,7 +282,8 @@ def cost(
         law += CACHE_BUFFERS * 4 * batch * data.longest * spec.hidden if cached else 0
         peak = law * GRAPH_MARGIN + GRAPH_HEAP_BYTES
     else:
-        law = law_bytes(spec, what, checkpointing, micro_batch * data.longest, pieces, settings.optimizer)
+        of_micro_batch = (micro_batch * data.longest, pieces, settings.optimizer, c.saved_per_token_bytes)
+        law = law_bytes(spec, what, checkpointing, *of_micro_batch)
         peak = (c.runtime_bytes + law) * MARGIN + HEAP_BYTES + (PIECES_BYTES if pieces > 1 else 0)
     peak *= c.correction
     tokens = padded_tokens(data, batch, micro_batch)

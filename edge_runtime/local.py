@@ -23,13 +23,14 @@ from edge_runtime.calibration import Remembered, calibrate, remembered
 from edge_runtime.cost import Calibration, DataShape, shape_of
 from edge_runtime.engine import Engine, EngineOptions, check_options, find_engine, torch_version
 from edge_runtime.errors import DataError, DoesNotFit, StoreError, TrainingFailed, UsageError
+from edge_runtime.local_lora import beginning, begun, check_lora, results
+from edge_runtime.peft import Adapter, check_adapter_folder, read_adapter, write_adapter
 from edge_runtime.planner import check_settings, choose, cost_table, make_plan, mib, over_budget, smaller_rows
 from edge_runtime.records import Budget, CostRow, DeviceProfile, Plan, TrainReport, TrainSettings
 from edge_runtime.source import (
     DEFAULT_FAMILY,
     Checkpoint,
     Source,
-    add_update,
     check_model_folder,
     delta_base,
     find_checkpoint,
@@ -93,6 +94,8 @@ class Planned:
     engine: Engine
     calibration: Calibration
     watched: bool = False  # the budget was "auto": training goes on in smaller pieces if memory gets short
+    adapter: Adapter | None = None  # what the model begins with, beside its weights
+    model: str = ""  # what it was called
 
     def smaller(self, plan: Plan) -> list[CostRow]:
         """What a plan can go on as if memory gets short."""
@@ -159,6 +162,7 @@ def plan(
     engine: EngineOptions | None = None,
     holdout: float = 0.0,
     test: str | Path | None = None,
+    adapter: str | Path | None = None,
     depth: int | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Planned:
@@ -170,6 +174,8 @@ def plan(
         memory, time, upload: budgets, for example "450MB", "60%" or "auto"; "15m"; "2MB".
         engine: backend, precision of the frozen prefix, and whether its outputs may be cached on disk.
         holdout: share of the data kept for testing; `test` is a file for the same purpose.
+        adapter: a folder with LoRA adapters, ours or PEFT's, to begin from; its rank and layers hold where the settings name
+            none, its head where its labels are known.
         depth: that `train` will be asked for, so that a wrong one is told before anything is measured.
 
     Raises:
@@ -187,6 +193,9 @@ def plan(
     if engine.backend == "torch":
         torch_version()  # say at once that it is missing
     checkpoint = find_checkpoint(model, max_length=max_length, family=family, new_head=new_head, progress=progress)
+    given = read_adapter(Path(adapter), checkpoint.family) if adapter else None
+    if given and given.labels and not new_head:
+        checkpoint = replace(checkpoint, labels=given.labels)
     progress("reading the data")
     prepared = prepare(
         checkpoint, data, cache, options or DataOptions(), holdout=holdout, seed=settings.seed, test=test
@@ -195,6 +204,9 @@ def plan(
         raise DataError(f"{data} has one label, {prepared.labels[0]!r}: a classifier needs examples of two at least")
     source = open_source(checkpoint, prepared.labels, cache)
     _check_depth(source, depth)
+    if given:
+        source, given, settings = begun(source, given, settings, new_head=new_head, progress=progress)
+    check_lora(source.spec, settings, depth, given)
     found = find_engine(source, engine, cache, progress)
     progress("measuring this machine with the model")
     calibration = calibrate(
@@ -216,7 +228,8 @@ def plan(
     except DoesNotFit as error:
         refusal = str(error)
     watched = memory == "auto"
-    return Planned(tuple(rows), why_not, chosen, refusal, budget, source, prepared, found, calibration, watched)
+    parts = (source, prepared, found, calibration, watched, given, model)
+    return Planned(tuple(rows), why_not, chosen, refusal, budget, *parts)
 
 
 @dataclass(frozen=True)
@@ -230,11 +243,12 @@ class Trained:
 
 def train(
     planned: Planned,
-    out: str | Path,
+    out: str | Path | None,
     *,
     device: Device | None = None,
     depth: int | None = None,
     delta: bool = False,
+    adapter_out: str | Path | None = None,
     progress: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> Trained:
     """Carry out a plan in a worker process under its memory budget, and save the model as a folder.
@@ -242,26 +256,33 @@ def train(
     Args:
         planned: from `plan`.
         depth: train this suffix depth instead of the deepest that fits.
+        out: folder for the whole model; None with `adapter_out` alone.
         delta: write only the trained tensors and a reference to the base's folder, which must stay as it is.
+        adapter_out: folder for the adapters and the head alone, which PEFT reads too.
         progress: called with (step, steps, loss).
 
     Raises:
         DoesNotFit: nothing fits, or the asked depth does not.
         TrainingFailed: the process ended without a result.
     """
-    out = Path(out)
-    check_model_folder(out)
-    base = delta_base(planned.source, out) if delta else None
+    out, adapter_out = Path(out) if out else None, Path(adapter_out) if adapter_out else None
     device = device or Device.measure(speed=False)
+    base = _check_outputs(planned, out, adapter_out, delta=delta)
     chosen = _chosen(planned, depth)
-    is_new = not out.exists()
-    make_folder(out)
-    _remove_left_over(out)
-    scratch = Path(tempfile.mkdtemp(dir=out, prefix=f"{SCRATCH}{os.getpid()}."))
+    check_lora(planned.source.spec, chosen.settings, depth, planned.adapter)
+    if adapter_out and not planned.adapter and not chosen.chosen.rank:
+        raise UsageError("there will be no adapters to write: give --lora-rank, room for a block, or no --adapter-out")
+    folder = out or adapter_out
+    assert folder, "one of them was asked for"
+    is_new = not folder.exists()
+    make_folder(folder)
+    _remove_left_over(folder)
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=f"{SCRATCH}{os.getpid()}."))
     try:
-        update = scratch / "update.f32"
+        source, update = planned.source, scratch / "update.f32"
+        weights, start = beginning(source, planned.adapter, chosen, scratch)
         job = (
-            model_job("train", planned.source.spec, planned.source.weights)
+            model_job("train", source.spec, weights, start)
             | planned.engine.job(cache_folder())
             | {
                 "plan": to_plain(replace(chosen, chosen=replace(chosen.chosen, codec="f32"))),  # it stays here
@@ -281,14 +302,36 @@ def train(
             _remembered(planned, chosen, device).relax(
                 promised_bytes=chosen.chosen.peak_bytes, peak_bytes=report.peak_bytes
             )
-        weights = add_update(planned.source.spec, planned.source.weights, chosen.chosen.depth, update, scratch)
-        save_folder(out, planned.source.spec, weights, planned.source.tokenizer, base)
+        changed, adapter = results(source.spec, chosen, weights, start, planned.adapter, update, scratch)
+        if adapter_out and adapter:
+            write_adapter(adapter_out, adapter, planned.model)
+        if out:
+            save_folder(out, source.spec, changed, source.tokenizer, base)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         if is_new:
             with contextlib.suppress(OSError):
-                out.rmdir()  # only an empty folder can be: nothing came of it
-    return Trained(out, report, worker.enforced_by)
+                folder.rmdir()  # only an empty folder can be: nothing came of it
+    return Trained(folder, report, worker.enforced_by)
+
+
+def _check_outputs(planned: Planned, out: Path | None, adapter_out: Path | None, *, delta: bool) -> Path | None:
+    """Whether a training's results may be written where they are to go; -> the base of a delta.
+
+    Raises:
+        UsageError: they may not.
+    """
+    if out is None and adapter_out is None:
+        raise UsageError("name a folder for the model, --out, or for its adapters, --adapter-out")
+    if delta and out is None:
+        raise UsageError("--delta says how the model is written: name its folder, --out")
+    if out and adapter_out and out.absolute() == adapter_out.absolute():
+        raise UsageError("--out and --adapter-out are one folder: name two")
+    if adapter_out:
+        check_adapter_folder(adapter_out)
+    if out:
+        check_model_folder(out)
+    return delta_base(planned.source, out) if delta and out else None
 
 
 def _remove_left_over(out: Path) -> None:

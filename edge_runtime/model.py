@@ -90,7 +90,8 @@ class ModelSpec:
 class Family(Protocol):
     """What a model family's module offers. `describe` and `open_folder` work without torch.
 
-    It may also have LAYER_NAMES: short names of a block's linear layers, such as {"q": "attention.self.query"}.
+    It may also have LAYER_NAMES, short names of a block's linear layers, such as {"q": "attention.self.query"}, and
+    `public_name(name)`, the spec's name of a tensor that other tools call differently.
     """
 
     def describe(self, config: Mapping[str, ConfigValue], labels: Sequence[str], max_length: int) -> ModelSpec:

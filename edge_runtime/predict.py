@@ -66,6 +66,7 @@ class Predictor:
         threads: int | None = None,
         *,
         family: str | None = None,
+        adapter: str | Path | None = None,
         progress: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Load an exported file, a checkpoint folder that has a head, or the folder of an agent.
@@ -73,6 +74,7 @@ class Predictor:
         Args:
             threads: None takes one for each physical core.
             family: module that knows the architecture of a checkpoint folder (default: BERT's).
+            adapter: a folder with LoRA adapters to add in, ours or PEFT's; the model may then be a base, by alias too.
             progress: gets lines of text, should the folder's graphs have to be derived first (tens of seconds, once).
 
         Raises:
@@ -81,8 +83,9 @@ class Predictor:
         """
         self._path, self._threads, self._progress = Path(path), threads, progress
         self._family, self._loading = family, threading.Lock()
+        self._adapter = Path(adapter) if adapter else None
         self._seen: Stamp = None  # of the agent's manifest that was read last, usable or not
-        self._version = self._open_folder(None) if self._path.is_dir() else _open_file(self._path, threads)
+        self._version = self._open_folder(None) if adapter or self._path.is_dir() else _open_file(self._path, threads)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -153,17 +156,18 @@ class Predictor:
 
     def _read_folder(self, before: _Version | None) -> _Version:
         from edge_runtime.mapped_network import MappedNetwork
-        from edge_runtime.source import DEFAULT_FAMILY, find_checkpoint, open_source
+        from edge_runtime.merging import with_adapter
+        from edge_runtime.source import DEFAULT_FAMILY, find_checkpoint
         from edge_runtime.store import cache_folder
 
         family, cache = self._family or DEFAULT_FAMILY, cache_folder()
         checkpoint = find_checkpoint(str(self._path), family=family, progress=self._progress)
         if before is not None and before.checkpoint == checkpoint:
             return before
-        source = open_source(checkpoint, None, cache)
         old = before.network if before is not None else None
-        graph_set = _graph_set(source, old, cache, self._progress)
-        network = MappedNetwork(source, graph_set, self._threads or 0, old)
+        with with_adapter(checkpoint, self._adapter) as source:  # mapped files are read after they are gone, too
+            graph_set = _graph_set(source, old, cache, self._progress)
+            network = MappedNetwork(source, graph_set, self._threads or 0, old)
         if before is not None and _tokenizing(before.checkpoint) == _tokenizing(checkpoint):
             tokenizer = before.tokenizer
         else:

@@ -15,7 +15,7 @@ from typing import Any
 
 from edge_runtime.errors import ModelError, UsageError
 from edge_runtime.manifest import Manifest, check_family, decode_manifest
-from edge_runtime.model import ConfigValue, Family, ModelSpec, load_family
+from edge_runtime.model import ConfigValue, Family, ModelSpec, TensorSpec, load_family
 from edge_runtime.optional import require
 from edge_runtime.store import BlobStore, atomic_writer, file_sha256, write_json
 from edge_runtime.weights import MappedTensor, read_safetensors, write_safetensors
@@ -147,7 +147,7 @@ def _whole(manifest: Manifest, store: BlobStore, scratch: Path) -> dict[str, Map
     weights = manifest.mapped(store)
     if not manifest.adapters:
         return weights
-    from edge_runtime.merge import merged
+    from edge_runtime.version_weights import merged
 
     return merged(manifest.spec, weights, manifest.mapped_adapters(store), manifest.adapter_scale, scratch)
 
@@ -296,19 +296,21 @@ def _unchanged(files: Sequence[Path], recorded: Any) -> bool:
 
 
 def add_update(
-    spec: ModelSpec, weights: Mapping[str, MappedTensor], depth: int, update: Path, folder: Path
+    tensors: Sequence[TensorSpec], start: Callable[[TensorSpec], Any], update: Path, folder: Path
 ) -> dict[str, MappedTensor]:
-    """The weights plus an update's deltas, the sums written as files below `folder`, one tensor in memory at a time."""
-    import numpy as np
+    """What an update's float32 deltas make of their tensors, written as files below `folder`, one in memory at a time.
 
-    result = dict(weights)
-    offset = 0
-    for number, tensor in enumerate(spec.suffix(depth)):
+    Args:
+        tensors: those of the update, in its order.
+        start: the array that each was trained from.
+    """
+    result, offset = {}, 0
+    for number, tensor in enumerate(tensors):
         delta = MappedTensor(str(update), offset, tensor.shape).array()
         path = folder / f"{number}.f32"
-        (weights[tensor.name].array() + delta).astype("<f4", copy=False).tofile(path)
+        (start(tensor) + delta).astype("<f4", copy=False).tofile(path)
         result[tensor.name] = MappedTensor(str(path), 0, tensor.shape)
         offset += delta.nbytes
-    if offset != update.stat().st_size or np.dtype("<f4").itemsize != 4:
+    if offset != update.stat().st_size:
         raise ModelError(f"the update {update} has {update.stat().st_size} bytes, its plan {offset}")
     return result

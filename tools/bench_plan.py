@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run it."""
     what = "Peak memory and seconds a step as the planner promises them, beside what random configurations take."
     parser = bench.bench_parser("plan", what, "", "--quick", "--out docs/results --json plan.json", rows=False)
+    parser.add_argument("--lora", action="store_true", help="adapters in every row")
     parser.add_argument("--configurations", type=bench.whole, help=f"how many ({CONFIGURATIONS}, quick {QUICK})")
     args = parser.parse_args(arguments)
     return run_main(lambda: measure(args))
@@ -71,7 +72,7 @@ def measure(args: argparse.Namespace) -> int:
         for _ in range(2 * count):  # a configuration that makes no sense is left out
             if len(rows) == count:
                 break
-            row = configuration(choose, sorted(models))
+            row = configuration(choose, sorted(models), lora=args.lora)
             try:
                 rows.append(row | run_row(row, models[row["model"]], texts, scratch, args.threads, choose))
             except EdgeError as error:
@@ -97,19 +98,22 @@ def measure(args: argparse.Namespace) -> int:
     return 0
 
 
-def configuration(choose: random.Random, models: list[str]) -> dict[str, Any]:
+def configuration(choose: random.Random, models: list[str], *, lora: bool = False) -> dict[str, Any]:
     """A random candidate, without its depth and micro-batch, which the model bounds."""
-    backend = choose.choice(["onnx", "onnx", "onnx", "torch"])
+    backend = choose.choice(["onnx", "torch"] if lora else ["onnx", "onnx", "onnx", "torch"])
     row = {
         "model": choose.choice(models),
         "backend": backend,
         "batch_size": choose.choice([8, 16]),
         "max_length": choose.choice([32, 64, 128]),
         "optimizer": choose.choice(["adamw", "adamw", "adamw8bit", "sgd"]),
-        "lora_rank": choose.choice([0, 0, 4, 16]) if backend == "onnx" else 0,
+        "lora_rank": choose.choice([2, 8, 32] if lora else [0, 0, 4, 16]),
+        "lora_targets": choose.choice(["", "", "q,v", "o,up,down"]),
+        "ranks": choose.choice(["", "", "rising"]),  # of the blocks: up to lora_rank towards the output
+        "adapters": choose.choice(["ab", "ab", "b"]),
         "precision": choose.choice(["float32", "float32", "int8"]) if backend == "onnx" else "float32",
         "cached": backend == "onnx" and choose.random() < 0.3,
-        "share": choose.random(),
+        "share": choose.uniform(0.3, 1) if lora else choose.random(),
         "checkpointing": choose.random() < 0.4,
         "micro": choose.random(),
     }
@@ -122,7 +126,12 @@ def run_row(
     """Plan one candidate, train it under its promise plus 5 %, and give both sides."""
     epochs = 2 if row["cached"] else 1
     settings = TrainSettings(
-        epochs=epochs, batch_size=row["batch_size"], optimizer=row["optimizer"], lora_rank=row["lora_rank"], seed=1
+        epochs=epochs,
+        batch_size=row["batch_size"],
+        optimizer=row["optimizer"],
+        lora_rank=row["lora_rank"],
+        lora_targets=tuple(name for name in row["lora_targets"].split(",") if name),
+        seed=1,
     )
     data = scratch / "data.jsonl"
     picked = choose.sample(texts, row["batch_size"] * STEPS)
@@ -143,6 +152,8 @@ def run_row(
     depth = min(blocks, int(row["share"] * (blocks + 1)))
     sizes = micro_batches(row["batch_size"])
     micro = sizes[int(row["micro"] * len(sizes))]
+    rank = row["lora_rank"]
+    ranks = tuple(max(1, rank * (i + 1) // depth) for i in range(depth)) if rank and row["ranks"] else ()
     chosen = cost(
         planned.source.spec,
         planned.prepared.data,
@@ -152,12 +163,18 @@ def run_row(
         row["checkpointing"] and depth > 0,
         micro,
         row["cached"],
+        "f32",
+        ranks,
+        row["adapters"],
     )
+    carried_out = make_plan(chosen, planned.prepared.data, settings)
+    if chosen.rank:
+        carried_out = dataclasses.replace(carried_out, ranks=ranks, adapters=row["adapters"])
     limited = dataclasses.replace(
         planned,
         rows=(chosen,),
         why_not=("",),
-        chosen=make_plan(chosen, planned.prepared.data, settings),
+        chosen=carried_out,
         budget=Budget(int(chosen.peak_bytes * LIMIT)),
     )
     report = local.train(limited, scratch / "out", device=device).report
@@ -168,7 +185,7 @@ def run_row(
         "checkpointing": chosen.checkpointing,
         "name": f"{row['model']} {row['backend']} depth {depth} micro {chosen.micro_batch}"
         + (" checkpointed" if chosen.checkpointing else "")
-        + (f" rank {row['lora_rank']}" if row["lora_rank"] and depth else "")
+        + (described(row, ranks) if chosen.rank else "")
         + (f" {row['precision']}" if row["precision"] != "float32" else "")
         + (" cached" if row["cached"] else "")
         + f" {row['optimizer']} {row['batch_size']} x {row['max_length']}",
@@ -183,6 +200,12 @@ def run_row(
         "wall_s": report.total_s,
         "killed": False,
     }
+
+
+def described(row: dict[str, Any], ranks: tuple[int, ...]) -> str:
+    """The adapters of a row."""
+    shown = f" rank {'-'.join(map(str, ranks or (row['lora_rank'],)))}"
+    return shown + (f" {row['lora_targets']}" if row["lora_targets"] else "") + (" B" if row["adapters"] == "b" else "")
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         "edge-coordinator enroll pi-1 --fleet my-fleet",
         "edge-coordinator serve --fleet my-fleet",
         "edge-coordinator models --fleet my-fleet --export 11 --out best",
+        "edge-coordinator models --fleet my-fleet --export 11 --adapter-out my-adapter",
     )
     top.add_argument("--version", action="version", version=f"edge-coordinator {software()}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -162,7 +163,9 @@ def _add_models(commands: Commands) -> None:
         "edge-coordinator models --fleet my-fleet --export 11 --out best",
     )
     models.add_argument("--export", type=int, metavar="VERSION", help="write this version to --out")
-    models.add_argument("--out", type=Path, help="folder for the checkpoint of --export")
+    models.add_argument("--out", type=Path, help="folder for the checkpoint of --export, adapters merged")
+    adapters = "folder for the adapters of --export and the head alone, which PEFT reads too; with or instead of --out"
+    models.add_argument("--adapter-out", type=Path, metavar="FOLDER", help=adapters)
     _fleet_flag(models)
     models.set_defaults(run=run_models)
 
@@ -326,18 +329,11 @@ def run_runs(args: argparse.Namespace) -> int:
 def run_models(args: argparse.Namespace) -> int:
     """List the model versions; with --export write one as a checkpoint folder instead."""
     fleet = Fleet(args.fleet)
-    if args.out is not None and args.export is None:
-        raise UsageError("--out is the folder for --export VERSION: name the version")
     if args.export is not None:
-        if args.out is None:
-            raise UsageError("--export needs --out FOLDER")
-        from edge_coordinator.models import Models
-
-        Models(args.fleet, fleet.ledger).export_folder(args.export, args.out)
-        print_json({"version": args.export, "folder": str(args.out)}) if args.json else print(
-            f"model {args.export} is in {args.out}"
-        )
-        return 0
+        return _export(fleet, args)
+    if args.out is not None or args.adapter_out is not None:
+        flag = "--adapter-out" if args.out is None else "--out"
+        raise UsageError(f"{flag} is the folder for --export VERSION: name the version")
     rows = describe_versions(fleet.ledger)
     if args.json:
         print_json(rows)
@@ -345,6 +341,27 @@ def run_models(args: argparse.Namespace) -> int:
     print(table(["version", "run", "round", "published", "devices", "examples", "mean loss"],
                 [[str(r["version"]), r["run"] or "-", str(r["round"] or "-"), _when(r["created_at"]), str(len(r.get("members", ()))),
                   str(r.get("num_examples", "-")), str(r.get("mean_loss", "-"))] for r in rows]))  # fmt: skip
+    return 0
+
+
+def _export(fleet: Fleet, args: argparse.Namespace) -> int:
+    """Write one version: whole, or its adapters, or both."""
+    if args.out is None and args.adapter_out is None:
+        raise UsageError("--export needs --out FOLDER, or --adapter-out FOLDER")
+    from edge_coordinator.models import Models
+
+    models, written = Models(args.fleet, fleet.ledger), {}
+    if args.adapter_out is not None:
+        models.export_adapter(args.export, args.adapter_out)
+        written["adapter"] = str(args.adapter_out)
+    if args.out is not None:
+        models.export_folder(args.export, args.out)
+        written["folder"] = str(args.out)
+    if args.json:
+        print_json({"version": args.export, **written})
+        return 0
+    for what, folder in written.items():
+        print(f"{'the adapter of ' if what == 'adapter' else ''}model {args.export} is in {folder}")
     return 0
 
 

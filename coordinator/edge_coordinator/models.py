@@ -22,11 +22,12 @@ from edge_runtime.errors import ModelError, StoreError, UsageError, WireError
 from edge_runtime.graphs.find import find_graphs
 from edge_runtime.layout import A, B, layout, scale
 from edge_runtime.manifest import Manifest, StoredTensor, decode_manifest, encode_manifest, make_manifest
-from edge_runtime.merge import merged, pieces
 from edge_runtime.model import TensorSpec
+from edge_runtime.peft import Adapter, write_adapter
 from edge_runtime.records import Plan, TrainSettings
 from edge_runtime.source import Source, find_checkpoint, open_source, save_folder
 from edge_runtime.store import BlobStore, cache_folder
+from edge_runtime.version_weights import merged, pieces
 from edge_runtime.wire import unpack_as
 
 if TYPE_CHECKING:
@@ -249,6 +250,36 @@ class Models:
         )
         return manifest, self.store.put(encode_manifest(manifest))
 
+    def export_adapter(self, version: int, out: Path) -> None:
+        """Write a version's adapters and head as a folder that PEFT reads too, for the base checkpoint.
+
+        Raises:
+            UsageError: there is no such version, it has no adapters, or they are not for the base; else as `export_folder`.
+        """
+        manifest = self._whole(version)
+        if not manifest.adapters:
+            raise UsageError(f"model {version} has no adapters: leave --adapter-out away")
+        first = self.ledger.models()[0]
+        if not _same_base(manifest, self.manifest(first)):
+            raise UsageError(
+                f"the adapters of model {version} belong to matrices that this fleet has trained, not to those of its base: "
+                "export the whole model with --out"
+            )
+        tensors, weights = manifest.mapped_adapters(self.store), manifest.mapped(self.store)
+        scales = {name.removesuffix(A): manifest.adapter_scale for name in tensors if name.endswith(A)}
+        head = {t.name: weights[t.name] for t in manifest.spec.suffix(0)}
+        adapter = Adapter(tensors, scales, head, manifest.labels, manifest.max_length)
+        write_adapter(out, adapter, str(first.metrics.get("base", "")))
+
+    def _whole(self, version: int) -> Manifest:
+        """A version whose every blob is here."""
+        rows = {row.version: row for row in self.ledger.models()}
+        if version not in rows:
+            raise UsageError(f"there is no model version {version}; there are {', '.join(map(str, rows)) or 'none'}")
+        manifest = self.manifest(rows[version])
+        self.check(manifest)
+        return manifest
+
     def clean(self) -> None:
         """Delete what no kept version and no open round needs."""
         wanted: set[bytes] = set()
@@ -270,11 +301,7 @@ class Models:
         Raises:
             UsageError: there is no such version; ModelError: its tensors are no longer kept; StoreError: they are damaged.
         """
-        rows = {row.version: row for row in self.ledger.models()}
-        if version not in rows:
-            raise UsageError(f"there is no model version {version}; there are {', '.join(map(str, rows)) or 'none'}")
-        manifest = self.manifest(rows[version])
-        self.check(manifest)
+        manifest = self._whole(version)
         weights, adapters = manifest.mapped(self.store), manifest.mapped_adapters(self.store)
         whole = merged(manifest.spec, weights, adapters, manifest.adapter_scale, cache_folder())
         save_folder(out, manifest.spec, whole, self.store.path(manifest.tokenizer))
@@ -284,6 +311,12 @@ def _zeros(shape: tuple[int, ...]) -> Array:
     import numpy as np
 
     return np.zeros(shape)
+
+
+def _same_base(manifest: Manifest, first: Manifest) -> bool:
+    """Whether a version's tensors, but for the head, are those of the first one."""
+    own = {t.name: t.blob for t in first.tensors}
+    return all(own[t.name] == t.blob for t in manifest.tensors if t.part < manifest.num_blocks)
 
 
 def _damaged(version: int, what: str) -> StoreError:

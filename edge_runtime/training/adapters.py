@@ -52,10 +52,7 @@ class LoraAdapters:
 
     def start_of(self, name: str, shape: tuple[int, ...]) -> Array:
         """What A or B began from, which is not kept: mapped, or drawn again."""
-        given = self._start.get(name)
-        if given is not None:
-            return cut(given, name, shape)
-        return random_a(self._seed, name, *shape) if name.endswith(A) else page_zeros(shape)
+        return start_of(self._start, self._seed, name, shape)
 
     def changes(self, name: str) -> Iterator[Array]:
         """A or B minus its start, flat."""
@@ -90,6 +87,14 @@ def pull_back(gradient: Array, changes: Iterable[Array], mu: float) -> None:
     for piece in changes:
         flat[first : first + piece.size] += mu * piece
         first += piece.size
+
+
+def start_of(start: Mapping[str, MappedTensor], seed: int, name: str, shape: tuple[int, ...]) -> Array:
+    """What A or B begins from: a given one, cut to this shape, else A drawn from the seed and B zero."""
+    given = start.get(name)
+    if given is not None:
+        return cut(given, name, shape)
+    return random_a(seed, name, *shape) if name.endswith(A) else page_zeros(shape)
 
 
 def random_a(seed: int, name: str, rank: int, inputs: int) -> Array:

@@ -90,9 +90,11 @@ def measure_torch(probed: Probed) -> Calibration:
         backend.step(few)
     backend.touch()
     peak = process_memory()["VmHWM"]
-    runtime = max(0, peak - law_bytes(spec, probed.trained(1), False, FEW * length, 1, "sgd"))
+    saved = -(-backend.saved_bytes(few) // few.ids.size) if probed.rank else 0
+    runtime = max(0, peak - law_bytes(spec, probed.trained(1), False, FEW * length, 1, "sgd", saved))
     head = TorchBackend(spec, probed.weights, probed.plan("torch", 0, max(SIZES)), probed.threads)
-    return Calibration("torch", runtime, **seconds(head, backend, probed, 1, SIZES), rank=probed.rank)
+    found = seconds(head, backend, probed, 1, SIZES)
+    return Calibration("torch", runtime, **found, rank=probed.rank, saved_per_token_bytes=saved)
 
 
 def measure_graphs(probed: Probed, graphs: GraphSet, scratch: Path) -> Calibration:
@@ -149,8 +151,10 @@ def deepest(probed: Probed, head: Point, longest: int) -> int:
     """How many blocks, at most two, can be trained here by what the law says and training the head alone took."""
     limit = min(hardware_room(), probed.limit)
     for depth in (2, 1):
+        if depth > probed.spec.num_blocks:
+            continue
         held = graph_law_bytes(probed.spec, probed.trained(depth), False, longest, longest, "sgd")
-        if depth <= probed.spec.num_blocks and head.peak_bytes + held <= limit:
+        if head.peak_bytes + held <= limit:
             return depth
     return 0
 

@@ -43,16 +43,24 @@ HEAP = {
 def model_job(
     job: str, spec: ModelSpec, weights: Mapping[str, MappedTensor], adapters: Mapping[str, MappedTensor] | None = None, adapter_scale: float = 0.0,
 ) -> dict[str, Any]:  # fmt: skip
-    """The fields of a worker's job that describe a model. Args: adapters: the A and B of the fleet's model, by name."""
-    places = {t.name: weights[t.name] for t in spec.tensors}
+    """The fields of a worker's job that describe a model.
+
+    Args:
+        adapters: A and B that training begins from; what they add to blocks that are not trained is merged in the worker.
+        adapter_scale: what B A is multiplied by there.
+    """
+
+    def places(tensors: Mapping[str, MappedTensor]) -> dict[str, Any]:
+        return {name: (w.path, w.offset, w.shape, w.dtype) for name, w in tensors.items()}
+
     return {
         "job": job,
         "family": spec.family,
         "config": dict(spec.config),
         "labels": list(spec.labels),
         "max_length": spec.max_length,
-        "weights": {name: (w.path, w.offset, w.shape, w.dtype) for name, w in places.items()},
-        "adapters": {name: (w.path, w.offset, w.shape, w.dtype) for name, w in (adapters or {}).items()},
+        "weights": places({t.name: weights[t.name] for t in spec.tensors}),
+        "adapters": places(adapters or {}),
         "adapter_scale": adapter_scale,
     }
 

@@ -115,6 +115,23 @@ class TorchBackend:
 
         return forward
 
+    def saved_bytes(self, batch: Batch) -> int:
+        """What the last block keeps of a batch for its backward pass, beside weights."""
+        ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)
+        weights = {p.untyped_storage().data_ptr() for p in self._model.parameters()}  # type: ignore[attr-defined]
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Any) -> Any:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.no_grad():
+            hidden, bias = self._model.embed(ids, mask)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = self._model.blocks[-1](hidden.requires_grad_(), bias)  # held, so that no place is counted twice
+        del out
+        return sum(size for place, size in kept.items() if place not in weights)
+
     def touch(self) -> None:
         """Read every weight once, so that its mapped pages are resident as in a long run."""
         with torch.no_grad():

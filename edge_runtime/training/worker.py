@@ -103,7 +103,7 @@ def backend_of(job: Job, spec: ModelSpec, plan: Plan) -> Backend:
 
 def frozen_of(job: Job, spec: ModelSpec, plan: Plan) -> dict[str, MappedTensor]:
     """Where the weights lie, those of blocks that the plan does not train with what the fleet's adapters add to them."""
-    from edge_runtime.merge import merged
+    from edge_runtime.version_weights import merged
 
     weights, adapters = weights_of(job), weights_of(job, "adapters")
     if not adapters:

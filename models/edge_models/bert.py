@@ -110,7 +110,7 @@ def open_folder(folder: Path) -> tuple[dict[str, ConfigValue], dict[str, MappedT
     stored = _stored_tensors(folder)
     tensors: dict[str, MappedTensor] = {}
     for old, tensor in stored.items():
-        name = _public_name(old)
+        name = public_name(old)
         if name in tensors:
             raise ModelError(f"{folder} has {_short(name)} twice, with and without its old name: repair the checkpoint")
         tensors[name] = tensor
@@ -278,8 +278,8 @@ def _stored_tensors(folder: Path) -> dict[str, MappedTensor]:
     raise ModelError(f"{folder} has no model.safetensors (nor its index): wanted a checkpoint folder")
 
 
-def _public_name(name: str) -> str:
-    """Today's BERT name of a tensor: without the task model's prefix, LayerNorm's old names, DistilBERT's names."""
+def public_name(name: str) -> str:
+    """Today's BERT name of a checkpoint's or an adapter's tensor: without the task model's prefix, LayerNorm's old names, DistilBERT's names."""
     for prefix in ("bert.", "distilbert."):
         name = name[len(prefix) :] if name.startswith(prefix) else name
     for old, new in OLD_NORM_NAMES.items():

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_models import bert
 from edge_runtime.cost import (
     Calibration,
     DataShape,
@@ -31,6 +32,16 @@ from edge_runtime.wire import from_plain, to_plain
 from tests.samples import quickly, small_spec
 
 SPEC = small_spec(4, 64)
+BERT: dict[str, int | float | str] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 512,
+    "vocab_size": 90,
+    "max_position_embeddings": 60,
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+}
 DATA = DataShape(1000, 120, 30.0)
 SETTINGS = TrainSettings(epochs=2, batch_size=16)
 CALIBRATION = Calibration("torch", 100 << 20, 1e-3, 2e-5, 3e-3, 7e-5, 1e-9, rest_fixed_s=1e-3, rest_per_token_s=2e-5)
@@ -195,3 +206,46 @@ def test_the_tokens_of_a_batch_are_those_that_the_corpus_gives(tmp_path: Path) -
 def test_texts_of_one_length_have_no_padding() -> None:
     assert padded_tokens(shape_of([0, 0, 0, 0, 0, 90]), 16, 4) == 16 * 5
     assert padded_tokens(DataShape(90, 5, 5.0), 16, 4) == 16 * 5
+
+
+LORA = TrainSettings(lora_rank=8)
+
+
+def test_adapters_are_priced_by_what_is_really_trained() -> None:
+    spec = bert.describe(BERT, ("a", "b"), 60)
+    head, matrices = 2 * 128 + 2, 4 * (128 + 128) + 2 * (128 + 512)
+    assert trained(spec, 2, LORA).total == head + 2 * 8 * matrices
+    assert trained(spec, 3, LORA, (1, 2, 4)).total == head + 7 * matrices
+    assert trained(spec, 3, LORA, (1, 2, 4)).one_block == head + 4 * matrices
+    some = dataclasses.replace(LORA, lora_targets=("q", "down"))
+    assert trained(spec, 1, some).total == head + 8 * (128 + 128 + 128 + 512)
+    only_b = trained(spec, 1, some, adapters="b")
+    assert (only_b.total, only_b.still) == (head + 8 * (128 + 128), 8 * (128 + 512))
+    assert trained(spec, 0, LORA).total == head
+    assert (
+        static_bytes(spec, trained(spec, 2, LORA), "sgd") == sum(t.num_bytes for t in spec.tensors) + 4 * 16 * matrices
+    )
+
+
+def test_lower_ranks_fewer_layers_and_b_alone_never_cost_more_than_the_row_they_come_from() -> None:
+    spec = bert.describe(BERT, ("a", "b"), 60)
+    measured = dataclasses.replace(CALIBRATION, rank=8, saved_per_token_bytes=40 * 128)
+    whole = cost(spec, DATA, LORA, measured, 3, False, 8)
+    less = [
+        cost(spec, DATA, LORA, measured, 3, False, 8, ranks=(1, 4, 8)),
+        cost(spec, DATA, dataclasses.replace(LORA, lora_targets=("q",)), measured, 3, False, 8),
+        cost(spec, DATA, LORA, measured, 3, False, 8, adapters="b"),
+    ]
+    assert whole.rank == 8
+    for row in less:
+        assert row.peak_bytes <= whole.peak_bytes
+        assert row.step_s < whole.step_s
+        assert row.upload_bytes < whole.upload_bytes
+    assert whole.upload_bytes < cost(spec, DATA, SETTINGS, measured, 3, False, 8).upload_bytes
+
+
+def test_what_a_block_with_adapters_keeps_is_what_was_measured() -> None:
+    spec = bert.describe(BERT, ("a", "b"), 60)
+    what = trained(spec, 2, LORA)
+    few, many = (dynamic_bytes(spec, what, False, 4000, 1, saved) for saved in (6000, 7000))
+    assert many - few == 2 * 4000 * 1000

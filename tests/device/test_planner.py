@@ -366,11 +366,14 @@ def test_a_table_of_many_ranks_fits_into_a_join(blocks: int, rank: int, offered:
 def test_a_plan_of_another_rank_than_offered_shrinks_into_pieces_of_the_next_higher() -> None:
     settings = dataclasses.replace(SETTINGS, lora_rank=8)
     ranks = offered_ranks(LORA, settings, "ab")
-    rows = cost_table(LORA, DATA, settings, CALIBRATION, NO_LIMIT, False, "ab", ranks)
+    measured = dataclasses.replace(CALIBRATION, rank=8, saved_per_token_bytes=10_000)
+    rows = cost_table(LORA, DATA, settings, measured, NO_LIMIT, False, "ab", ranks)
     (granted,) = [r for r in rows if (r.depth, r.rank, r.checkpointing) == (4, 8, False)]
     plan = dataclasses.replace(make_plan(dataclasses.replace(granted, rank=7), DATA, settings), ranks=(4, 5, 6, 7))
-    less = granted.peak_bytes - 4 * MIB
-    smaller = shrink(plan, cost_table(LORA, DATA, settings, CALIBRATION, Budget(less), False, "ab", ranks), less)
+    tight = cost_table(LORA, DATA, settings, measured, Budget(1), False, "ab", ranks)
+    less = min(r.peak_bytes for r in tight if (r.depth, r.rank) == (4, 8))
+    assert less < granted.peak_bytes
+    smaller = shrink(plan, cost_table(LORA, DATA, settings, measured, Budget(less), False, "ab", ranks), less)
     assert smaller
     assert (smaller.chosen.rank, smaller.ranks, smaller.chosen.upload_bytes) == (7, (4, 5, 6, 7), granted.upload_bytes)
     assert smaller.chosen.peak_bytes <= less

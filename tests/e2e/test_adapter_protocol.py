@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_coordinator.cli import main
 from edge_coordinator.fleet import Fleet as FleetFolder
 from edge_coordinator.methods import METHODS
 from edge_runtime.errors import UsageError
@@ -155,6 +156,25 @@ def test_another_method_begins_with_the_adapters_merged_and_a_round_that_waits_f
     whole = array(world, stem + ".weight", trained) + product
     assert product.any()
     assert np.allclose(array(world, stem + ".weight", merged), whole, atol=1e-7)
+
+
+def test_an_adapter_is_exported_for_the_base_that_it_belongs_to_and_no_other(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for method, said in (
+        ("lora", ""),
+        ("flora", "belong to matrices that this fleet has trained"),
+        ("caff", "has no adapters"),
+    ):
+        world = World(tmp_path / method, model, method=method)
+        table = WIDE if method != "caff" else rows(0, 1, 2)
+        world.step(*(FakeDevice(world, name, table=table) for name in world.names), times=60)
+        out = tmp_path / f"{method}-adapter"
+        version = manifest(world).version
+        command = ["models", "--fleet", str(world.folder), "--export", str(version), "--adapter-out", str(out)]
+        assert main(command) == (2 if said else 0)
+        assert said in capsys.readouterr().err
+        assert out.exists() == (not said)
 
 
 def test_targets_that_the_model_does_not_have_end_serve_at_once(tmp_path: Path, model: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from edge_coordinator.fleet import init
 from edge_coordinator.models import Models
 from edge_coordinator.sim.simulation import SimOptions, Simulation
 from edge_runtime.manifest import Manifest
+from edge_runtime.merging import open_with_adapter
+from edge_runtime.predict import evaluate
 from edge_runtime.source import find_checkpoint, open_source
 from edge_runtime.store import cache_folder
 from edge_runtime.weights import read_safetensors
@@ -70,6 +73,33 @@ def simulated(model: Path, reference: Reference, tmp_path_factory: pytest.TempPa
     return path.parent, ["20kB" if kind == "narrow" else "" for kind in kinds]
 
 
+def test_suffixes_of_different_depths_are_averaged_and_what_is_measured_is_what_is_exported(
+    model: Path, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shallow device computes block 0 with what the deep one has trained there."""
+    cache = shutil.copytree(reference.cache, tmp_path / "cache")
+    if (cache_folder() / "graphs").exists():
+        shutil.copytree(cache_folder() / "graphs", cache / "graphs", dirs_exist_ok=True)
+    monkeypatch.setenv("EDGE_CACHE", str(cache))
+    data, test, classes = (tmp_path / name for name in ("data.csv", "test.csv", "classes.toml"))
+    write_data(data, 0, count=60)
+    write_data(test, 9, count=30)
+    classes.write_text(CLASSES.replace("20kB", "8kB"))  # one block of rank 8 in float16
+    path = init(tmp_path / "fleet", name="test", base=str(model), labels=LABELS, max_length=32, method="lora-suffix", rounds=2, quorum=2, seed=3)  # fmt: skip
+    path.write_text(path.read_text().replace('codec = "f32"', 'codec = "f16"').replace("adapter_learning_rate = 0.002", "adapter_learning_rate = 0.02"))  # fmt: skip
+    options = SimOptions(data, test, 2, "wide:1,narrow:1", classes)
+    seen: list[dict[str, Any]] = []
+    Simulation(path.parent, options, progress=seen.append, say=print, keep_going=lambda: True).run()
+    rows = [row for row in seen if "state" in row]
+    assert [sorted((d["depth"], d["rank"]) for d in row["devices"]) for row in rows[1:]] == [[(1, 8), (2, 8)]] * 2
+    out = tmp_path / "out"
+    assert main(["models", "--fleet", str(path.parent), "--export", "4", "--out", str(out)]) == 0
+    with test.open(newline="") as file:
+        examples = [(row["text"], row["label"]) for row in csv.DictReader(file)]
+    assert evaluate(out, examples) == pytest.approx(rows[-1]["accuracy"], abs=1e-5)
+    assert rows[-1]["accuracy"] > rows[0]["accuracy"]
+
+
 @pytest.fixture(scope="module")
 def fleet(
     simulated: tuple[Path, list[str]], model: Path, reference: Reference, tmp_path_factory: pytest.TempPathFactory
@@ -105,8 +135,11 @@ def test_a_simulated_run_with_adapters_gives_the_model_of_the_real_one(
 
 
 @pytest.mark.slow
-def test_coordinator_and_device_export_the_same_merged_model(fleet: Fleet, tmp_path: Path) -> None:
-    assert main(["models", "--fleet", str(fleet.fleet), "--export", "4", "--out", str(tmp_path / "out")]) == 0
+def test_coordinator_and_device_export_the_same_model_merged_or_as_an_adapter(
+    fleet: Fleet, model: Path, tmp_path: Path
+) -> None:
+    where = ["--out", str(tmp_path / "out"), "--adapter-out", str(tmp_path / "adapter")]
+    assert main(["models", "--fleet", str(fleet.fleet), "--export", "4", *where]) == 0
     exported = read_safetensors(tmp_path / "out" / "model.safetensors")
     held = find_checkpoint(str(fleet.folder / "device-0"), progress=print)
     source = open_source(held, None, tmp_path)
@@ -122,6 +155,9 @@ def test_coordinator_and_device_export_the_same_merged_model(fleet: Fleet, tmp_p
         assert np.array_equal(exported[tensor.name].array(), whole.astype("<f4"))
         assert np.array_equal(source.weights[tensor.name].array(), whole.astype("<f4"))
     assert changed == 12
+    with open_with_adapter(str(model), tmp_path / "adapter", "edge_models.bert", print) as whole_source:
+        for name, tensor in exported.items():
+            assert np.array_equal(whole_source.weights[name].array(), tensor.array())
 
 
 @pytest.mark.slow

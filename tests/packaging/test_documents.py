@@ -49,6 +49,7 @@ OTHERS = {  # flags of other programs that the documents speak of
         "--steps",
         "--repeats",
         "--configurations",
+        "--lora",
         "--rows",
         "--out",
         "--quick",

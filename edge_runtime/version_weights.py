@@ -1,7 +1,8 @@
-"""A model's weights with what its adapters add: W + scale * B A, as files, so that they are mapped like any weights.
+"""The whole weights of a fleet's model version: with what its adapters add, W + scale * B A, as files that are mapped like any.
 
 For what runs no adapters: blocks below those that a device trains, evaluation, export, prediction. Made once below a cache
-folder and found again; a few sets are kept. Imports weights and the store; numpy inside functions, a mebibyte at a time.
+folder and found again; a few sets are kept. Not adapters of PEFT or of one device (`merging.py`, which adds up as this does).
+Imports weights and the store; numpy inside functions, a mebibyte at a time.
 """
 
 from __future__ import annotations
@@ -61,21 +62,14 @@ def merged(
     return {**weights, **places}
 
 
-def product(a: Array, b: Array, scale: float) -> Iterator[Array]:
-    """scale * B A, flat float64, some rows at a time."""
-    rows = max(1, PIECE // a.shape[1])
-    for start in range(0, b.shape[0], rows):
-        piece: Array = b[start : start + rows].astype("<f8") @ a.astype("<f8")
-        yield (scale * piece).reshape(-1)
-
-
 def pieces(weight: MappedTensor, a: MappedTensor, b: MappedTensor, scale: float) -> Iterator[Array]:
     """A matrix with its adapter, flat little-endian float32, some rows at a time: the sum is rounded once."""
-    flat, start = weight.array().reshape(-1), 0
-    for piece in product(a.array(), b.array(), scale):
-        piece += flat[start : start + piece.size]
-        start += piece.size
-        yield piece.astype("<f4")
+    inputs, start = a.array().astype("<f8"), 0
+    outputs, rows = b.array(), max(1, PIECE // a.shape[1])
+    for piece in weight.pieces(rows * a.shape[1]):
+        added = outputs[start : start + rows].astype("<f8") @ inputs
+        start += rows
+        yield (piece + scale * added.reshape(-1)).astype("<f4")
 
 
 def _adds(b: MappedTensor) -> bool:
