@@ -56,10 +56,11 @@ class World:
         timeout_s: float | None = None,
         codec: str = "f32",
         optimizer: str = "fedadam",  # one that has a state
+        method: str = "caff",
     ) -> Path:
         """A folder with fleet.toml."""
         path = init(
-            self.folder / name, name="test", base=str(self.model), labels=LABELS, max_length=32, rounds=rounds, goal=goal, quorum=quorum, seed=3
+            self.folder / name, name="test", base=str(self.model), labels=LABELS, max_length=32, method=method, rounds=rounds, goal=goal, quorum=quorum, seed=3
         )  # fmt: skip
         text = path.read_text().replace('server_optimizer = "fedavg"', f'server_optimizer = "{optimizer}"')
         text = text.replace('codec = "f32"', f'codec = "{codec}"')
