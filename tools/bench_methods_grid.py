@@ -234,6 +234,8 @@ def _between(plans: Plans, device: VirtualDevice, settings: TrainSettings, fleet
     """Half way between the least that this many blocks need, and one more."""
     scarce = replace(device, own=OwnBudget(memory_bytes=1)) if fleet == "memory" else device  # rows of least memory
     rows, _ = plans.table(scarce, settings, "")
+    if max(row.depth for row in rows) <= blocks:
+        raise WrongThirds(f"this machine could not measure what {blocks + 1} blocks need: free memory, and begin again")
 
     def needs(depth: int) -> float:
         of_depth = [row for row in rows if row.depth == depth]

@@ -35,7 +35,7 @@ def test_trainings_on_ray_give_the_same_simulation_bit_for_bit(
     ray: None, tmp_path_factory: pytest.TempPathFactory, model: Path
 ) -> None:
     world = World(tmp_path_factory.mktemp("ray"), model)
-    local, cluster = (world.fleet(name, goal=2, codec="topk10") for name in ("local", "cluster"))
+    local, cluster = (world.fleet(name, goal=2, codec="topk10", method="lora") for name in ("local", "cluster"))
     options = world.options(devices=2, classes="here", partition="iid", dropout=0.0)
     simulate(local, options)
     simulate(cluster, replace(options, engine="ray", workers=None))

@@ -76,7 +76,7 @@ def test_the_work_for_one_device_is_the_same_among_many(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_start", lambda options: (Instant, 4))
-    data = write_data(tmp_path / "data.csv", 0, count=96)
-    few, many = (work_of(simulated(tmp_path / str(n), model, data, n)) for n in (16, 96))
+    data = write_data(tmp_path / "data.csv", 0, count=48)
+    few, many = (work_of(simulated(tmp_path / str(n), model, data, n)) for n in (12, 48))
     assert many[0] < 1.1 * few[0]
     assert many[1] < 1.3 * few[1]

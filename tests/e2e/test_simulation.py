@@ -60,7 +60,7 @@ class World:
     ) -> Path:
         """A folder with fleet.toml."""
         path = init(
-            self.folder / name, name="test", base=str(self.model), labels=LABELS, max_length=32, rounds=rounds, goal=goal, quorum=quorum, seed=3
+            self.folder / name, name="test", base=str(self.model), labels=LABELS, max_length=32, method=method, rounds=rounds, goal=goal, quorum=quorum, seed=3
         )  # fmt: skip
         text = path.read_text().replace('server_optimizer = "fedavg"', f'server_optimizer = "{optimizer}"')
         text = text.replace('codec = "f32"', f'codec = "{codec}"').replace('method = "caff"', f'method = "{method}"')

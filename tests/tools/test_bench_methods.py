@@ -43,7 +43,7 @@ CONFIG = {
     "max_position_embeddings": 64, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu",
 }  # fmt: skip
 SPEC = bert.describe(CONFIG, ("a", "b"), 32)
-HERE = Calibration("onnx", 1 << 20, 0.001, 1e-5, 0.002, 4e-5, 1e-9, rest_per_token_s=1e-6)
+HERE = Calibration("torch", 1 << 20, 0.001, 1e-5, 0.002, 4e-5, 1e-9, rest_per_token_s=1e-6)
 SETTING = Setting("trec", "dirichlet:0.5", "memory")
 
 
