@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from edge_models import bert, hub
-from edge_runtime import commands, source
+from edge_runtime import commands, merging, source
 from edge_runtime.cli import main
 from edge_runtime.errors import EdgeError, MissingExtra, ModelError, WireError
 from edge_runtime.export import export_onnx
@@ -261,14 +261,14 @@ def test_threads_get_whole_answers_while_versions_come(agent: Agent) -> None:
 def test_a_version_that_is_replaced_while_it_is_opened_gives_the_newer_one(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opens, real = [2, 3], source.open_source
+    opens, real = [2, 3], merging.open_source
 
     def late(*arguments: Any) -> source.Source:
         if opens:
             agent.hold(opens.pop(0))  # after the manifest was read, before its blobs are opened
         return real(*arguments)
 
-    monkeypatch.setattr(source, "open_source", late)
+    monkeypatch.setattr(merging, "open_source", late)
     predictor = Predictor(agent.folder)
     assert predictor.metadata["model_version"] == "3"
     assert not predictor.refresh()
