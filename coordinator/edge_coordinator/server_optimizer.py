@@ -84,7 +84,7 @@ def _adaptive(s: ServerSettings, delta: Array, m: Array, v: Array) -> tuple[Arra
 
 
 SERVER_OPTIMIZERS: dict[str, Rule] = {"fedavg": fedavg, "fedavgm": fedavgm, "fedadam": fedadam, "fedyogi": fedyogi}
-OWN_RATES = {"fedavg": 1.0, "fedavgm": 1.0, "fedadam": 0.003, "fedyogi": 0.003}  # where fleet.toml names none
+OWN_RATES = {"fedavg": 1.0, "fedavgm": 1.0, "fedadam": 0.03, "fedyogi": 0.03}  # where fleet.toml names none
 MEND = "put the fleet's folder back from a backup, or give [run] another name, which begins without a state"
 
 

@@ -122,7 +122,7 @@ def test_the_commented_file_that_init_writes_has_every_key_at_its_default(tmp_pa
         assert method in text
 
 
-@pytest.mark.parametrize(("name", "own"), [("fedavg", 1.0), ("fedavgm", 1.0), ("fedadam", 0.003), ("fedyogi", 0.003)])
+@pytest.mark.parametrize(("name", "own"), [("fedavg", 1.0), ("fedavgm", 1.0), ("fedadam", 0.03), ("fedyogi", 0.03)])
 def test_a_server_optimizer_has_a_rate_of_its_own_that_may_be_replaced(tmp_path: Path, name: str, own: float) -> None:
     text = LEAST + f'[run]\nserver_optimizer = "{name}"\nserver_beta2 = 0.5\n'
     assert load_config(write(tmp_path, text)).run.server_settings == ServerSettings(name, own, 0.9, 0.5, 1e-3)
