@@ -130,7 +130,7 @@ def run_row(
         batch_size=row["batch_size"],
         optimizer=row["optimizer"],
         lora_rank=row["lora_rank"],
-        lora_targets=tuple(name for name in row["lora_targets"].split(",") if name),
+        lora_targets=tuple(name for name in row["lora_targets"].split(",") if name and row["lora_rank"]),
         seed=1,
     )
     data = scratch / "data.jsonl"
