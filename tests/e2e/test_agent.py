@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from edge_coordinator.fleet import Fleet as FleetFolder
+from edge_coordinator.run import read_join
 from edge_runtime.agent import MAX_ATTEMPTS, SHRINK, Agent
 from edge_runtime.local import DataOptions
 from edge_runtime.records import CostRow, Plan
@@ -274,3 +275,16 @@ def test_a_flood_of_messages_does_not_keep_an_agent_from_its_turn(tmp_path: Path
 
     device.agent.run(lambda: not asked())
     assert len(device.transport.inbox) > 500
+
+
+def test_a_device_tells_with_its_next_join_what_training_and_sending_took(
+    tmp_path: Path, model: Path, home: Path
+) -> None:
+    world = World(tmp_path / "f", model, devices=1, rounds=2)
+    with running(Device(world.broker, tmp_path / "d", home)) as device:
+        until(lambda: len(world.kinds("committed")) == 2, world, device)
+        first, second = (read_join(world.server.run.ledger.members("first", number)[NAME]) for number in (1, 2))
+        assert (first.train_ratio, first.uplink_bytes_per_s) == (0.0, 0.0), "it has not trained yet"
+        report = device.kinds("trained")[0]
+        assert second.train_ratio == pytest.approx(report["train_s"] / report["promised_s"])
+        assert second.uplink_bytes_per_s > 1000
