@@ -346,11 +346,11 @@ class Agent:
                 report: TrainReport = from_plain(TrainReport, line["result"]["report"], "report")
                 self.outbox.put(training.grant, report)
                 self._train_ratio, self._sending_at = min(1e6, report.train_s / max(1e-6, report.promised_s)), 0.0
-                if self.keeper.manifest and not report.backed_off:
-                    self.session.trained(self.keeper.manifest, self.keeper.store, training.plan, report.peak_bytes)
             except (EdgeError, OSError) as error:
                 self._decline(training.grant, str(error))
                 return
+            if self.keeper.manifest and not report.backed_off:
+                self.session.trained(self.keeper.manifest.spec, training.plan, report.peak_bytes)
             self.emit({"event": "trained", "round": training.grant.round, **dataclasses.asdict(report)})
             self._say("sending", force=True)
         elif line and "smaller" in line:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -87,11 +88,16 @@ class Remembered:
         return self._scale(max(LEAST_CORRECTION, LEAST_CORRECTION * limit_bytes / max(1, promised_bytes)))
 
     def relax(self, *, promised_bytes: int, peak_bytes: int) -> Calibration | None:
-        """After a training that stayed below a corrected promise: take a little of the correction back. None if there is none."""
+        """After a training that stayed below a corrected promise: take a little of the correction back. None if there is none.
+
+        A disk that does not take it is no error: what was trained matters more.
+        """
         known = _read(self.file, self.engine, self.settings)
         if known is None or known.correction <= 1 or peak_bytes * LEAST_CORRECTION >= promised_bytes:
             return None
-        return self._scale(max(RELAXED, LEAST_CORRECTION * peak_bytes / promised_bytes))
+        with contextlib.suppress(StoreError, OSError):
+            return self._scale(max(RELAXED, LEAST_CORRECTION * peak_bytes / promised_bytes))
+        return None
 
     def _scale(self, factor: float) -> Calibration | None:
         known = _read(self.file, self.engine, self.settings)

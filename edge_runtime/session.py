@@ -122,17 +122,17 @@ class Session:
     def killed(self, manifest: Manifest, store: BlobStore, plan: Plan, limit_bytes: int) -> None:
         """A process was killed at its limit, above its promise: promise more for this model from now on."""
         made = self._prepare(manifest, store, plan.settings)
-        place = self._remembered(manifest, made, plan)
+        place = self._remembered(manifest.spec, made, plan)
         self._use(made, place.correct(promised_bytes=plan.chosen.peak_bytes, limit_bytes=limit_bytes))
 
-    def trained(self, manifest: Manifest, store: BlobStore, plan: Plan, peak_bytes: int) -> None:
+    def trained(self, spec: ModelSpec, plan: Plan, peak_bytes: int) -> None:
         """A training came to its end as planned: an earlier kill's correction may have been too much."""
-        made = self._prepare(manifest, store, plan.settings)
-        place = self._remembered(manifest, made, plan)
-        self._use(made, place.relax(promised_bytes=plan.chosen.peak_bytes, peak_bytes=peak_bytes))
+        if made := self._made:
+            place = self._remembered(spec, made, plan)
+            self._use(made, place.relax(promised_bytes=plan.chosen.peak_bytes, peak_bytes=peak_bytes))
 
-    def _remembered(self, manifest: Manifest, made: _Made, plan: Plan) -> Remembered:
-        what = (manifest.spec, made.engine, made.data, plan.settings, self.threads, self._cache)
+    def _remembered(self, spec: ModelSpec, made: _Made, plan: Plan) -> Remembered:
+        what = (spec, made.engine, made.data, plan.settings, self.threads, self._cache)
         return remembered(*what, budget_bytes=made.budget_bytes)
 
     def _use(self, made: _Made, calibration: Calibration | None) -> None:

@@ -61,9 +61,7 @@ class Run:
         self._tally: Tally | None = None  # of the newest round
         self.method = METHODS[config.run.method]
         if self.method.adapters:
-            adapter_tensors(
-                self.manifest.spec, config.train, self._ranks()
-            )  # says at once if there are no such targets
+            adapter_tensors(self.manifest.spec, config.train, self._ranks())  # says if there are no such targets
         self._deadline = now  # of the newest round's phase, by the server's clock
         self.epoch = self._resume(now)
 

@@ -12,7 +12,7 @@ from edge_runtime import calibration
 from edge_runtime.calibration import calibrate, remembered
 from edge_runtime.cost import Calibration, DataShape, Point
 from edge_runtime.engine import Engine
-from edge_runtime.errors import DoesNotFit, ModelError, TrainingFailed
+from edge_runtime.errors import DoesNotFit, ModelError, StoreError, TrainingFailed
 from edge_runtime.records import TrainSettings
 from edge_runtime.source import Source
 from edge_runtime.weights import MappedTensor
@@ -125,3 +125,17 @@ def test_a_correction_that_was_too_much_is_taken_back_bit_by_bit_and_no_further(
     found = [trained() for _ in range(8)]
     assert found[0] == pytest.approx(0.9 * 1.68)
     assert found[-1] == found[-2] == pytest.approx(1.05 * 1.2, rel=1e-3), "what it needed, and a little"
+
+
+def test_a_disk_that_does_not_take_a_smaller_correction_costs_nothing_else(
+    probe: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(tmp_path)
+    place = remembered(SPEC, ENGINE, DATA, TrainSettings(), 1, tmp_path, budget_bytes=200 * MIB)
+    place.correct(promised_bytes=100 * MIB, limit_bytes=160 * MIB)
+
+    def full(path: Path, value: object) -> None:
+        raise StoreError("no space left")
+
+    monkeypatch.setattr(calibration, "write_json", full)
+    assert place.relax(promised_bytes=168 * MIB, peak_bytes=100 * MIB) is None
