@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from edge_runtime.errors import UsageError
 from edge_runtime.model import TensorSpec
@@ -79,6 +80,7 @@ def section_sizes(size: int) -> list[int]:
     return [min(SECTION, size - start) for start in range(0, size, SECTION)]
 
 
+@lru_cache(maxsize=4096)  # a cost table asks for the same few sizes thousands of times
 def tensor_bytes(name: str, size: int) -> int:
     """Bytes of a tensor of `size` values in the codec of that name."""
     codec = CODECS[name].of(size)

@@ -16,7 +16,7 @@ from typing import Annotated
 
 from edge_runtime.codecs import update_bytes
 from edge_runtime.layout import sent
-from edge_runtime.model import ModelSpec
+from edge_runtime.model import ModelSpec, TensorSpec
 from edge_runtime.records import Bytes, CostRow, Range, Seconds, TrainSettings
 from edge_runtime.training.optimizers import state_bytes_per_parameter
 
@@ -126,6 +126,7 @@ class Trained:
     one_block: int  # the most of one block, with the head
     largest: int  # of one tensor
     still: int = 0  # in adapters' A that stay as they are, beside the trained ones
+    update: tuple[TensorSpec, ...] = ()  # what is sent
 
     @property
     def num_bytes(self) -> int:
@@ -143,18 +144,23 @@ def trained(
     """What a suffix of `depth` blocks trains: the blocks and the head, or with `settings.lora_rank` adapters and the head.
 
     Args:
-        ranks: of the adapters in each of its blocks; empty: `settings.lora_rank`.
-        adapters: "b" trains B alone.
+        ranks: of the adapters in each of its blocks, none above `settings.lora_rank`; empty: all of them that.
+        adapters: what of them is trained and sent, as in a plan: "b" trains B alone; "" trains both and sends the suffix.
     """
     ranks = ranks or (settings.lora_rank,) * depth
-    tensors = sent(spec, depth, ranks, settings.lora_targets, adapters or "ab")
+
+    def those(what: str) -> tuple[TensorSpec, ...]:
+        return sent(spec, depth, ranks, settings.lora_targets, what)
+
+    update = those(adapters)
+    tensors = update if adapters else those("ab")
     of_part: dict[int, int] = {}
     for tensor in tensors:
         of_part[tensor.part] = of_part.get(tensor.part, 0) + tensor.size
     total, head = sum(of_part.values()), of_part.pop(spec.num_blocks, 0)
     one_block = head + max(of_part.values(), default=0)
-    still = sum(t.size for t in sent(spec, depth, ranks, settings.lora_targets, "ab")) - total
-    return Trained(depth, max(ranks, default=0), total, one_block, max(t.size for t in tensors), still)
+    still = sum(t.size for t in those("ab")) - total if adapters == "b" else 0
+    return Trained(depth, max(ranks, default=0), total, one_block, max(t.size for t in tensors), still, update)
 
 
 def static_bytes(spec: ModelSpec, what: Trained, optimizer: str) -> int:
@@ -257,23 +263,14 @@ def cost(
     data: DataShape,
     settings: TrainSettings,
     calibration: Calibration,
-    depth: int,
+    what: Trained,
     checkpointing: bool,
     micro_batch: int,
     cached: bool = False,
     codec: str = "f32",
-    ranks: Sequence[int] = (),
-    adapters: str = "ab",
 ) -> CostRow:
-    """The predicted cost of one candidate.
-
-    Args:
-        ranks: of the adapters in each block, where they are not all `settings.lora_rank`; no higher than that.
-        adapters: what of them is trained and sent, as in a plan.
-    """
-    ranks = ranks or (settings.lora_rank,) * depth
-    what = trained(spec, depth, settings, ranks, adapters)
-    c, batch = calibration, max(1, min(settings.batch_size, data.num_examples))
+    """The predicted cost of one candidate that trains `what` (`trained`)."""
+    c, depth, batch = calibration, what.depth, max(1, min(settings.batch_size, data.num_examples))
     micro_batch = min(micro_batch, batch)
     pieces = -(-batch // micro_batch)
     cached = cached and c.backend == GRAPH_BACKEND and depth < spec.num_blocks
@@ -306,7 +303,7 @@ def cost(
         int(peak) // ROUND_BYTES * ROUND_BYTES + ROUND_BYTES,
         step + prefix,
         (step + prefix) * steps,
-        update_bytes(sent(spec, depth, ranks, settings.lora_targets, adapters), codec),
+        update_bytes(what.update, codec),
         backend=c.backend,
         rank=what.rank,
         precision=c.precision,

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from edge_runtime.codecs import check_codec, pick_codec
-from edge_runtime.cost import GRAPH_BACKEND, Calibration, DataShape, cost, micro_batches
+from edge_runtime.cost import GRAPH_BACKEND, Calibration, DataShape, cost, micro_batches, trained
 from edge_runtime.errors import DoesNotFit, UsageError
-from edge_runtime.layout import sent
 from edge_runtime.model import ModelSpec
 from edge_runtime.records import Budget, CostRow, Plan, TrainSettings
 from edge_runtime.training.optimizers import OPTIMIZERS
@@ -72,12 +71,11 @@ def cost_table(
         for rank in ranks or (settings.lora_rank,)
     ]
     for depth, rank in [(0, 0), *suffixes]:
-        of_blocks = (rank,) * depth
-        tensors = sent(spec, depth, of_blocks, settings.lora_targets, adapters)
-        codec = pick_codec(tensors, settings.codec, budget.upload_bytes)
+        what = trained(spec, depth, settings, (rank,) * depth, adapters)
+        codec = pick_codec(what.update, settings.codec, budget.upload_bytes)
         for checkpointing in (False, True) if depth else (False,):
             tried = [
-                cost(spec, data, settings, calibration, depth, checkpointing, size, cached, codec, of_blocks, adapters)
+                cost(spec, data, settings, calibration, what, checkpointing, size, cached, codec)
                 for size in micro_batches(min(settings.batch_size, data.num_examples))
             ]
             fitting = [row for row in tried if row.peak_bytes <= budget.memory_bytes]
@@ -167,9 +165,10 @@ def shrink(plan: Plan, rows: Sequence[CostRow], memory_bytes: int) -> Plan | Non
 
 def smaller_rows(spec: ModelSpec, data: DataShape, calibration: Calibration, plan: Plan) -> list[CostRow]:
     """A plan's row in candidates that need less memory, the largest first: what it can go on as if memory gets short."""
-    row, settings, how = plan.chosen, plan.settings, (plan.block_ranks, plan.adapters)
+    row, settings = plan.chosen, plan.settings
+    what = trained(spec, row.depth, settings, plan.block_ranks, plan.adapters)
     tried = [
-        cost(spec, data, settings, calibration, row.depth, checkpointing, size, row.cached, row.codec, *how)
+        cost(spec, data, settings, calibration, what, checkpointing, size, row.cached, row.codec)
         for size in micro_batches(min(settings.batch_size, data.num_examples))
         for checkpointing in ((False, True) if row.depth else (False,))
     ]

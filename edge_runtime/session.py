@@ -14,7 +14,7 @@ from pathlib import Path
 from edge_runtime import hardware
 from edge_runtime.budget import memory_budget
 from edge_runtime.calibration import Remembered, calibrate, remembered
-from edge_runtime.cost import Calibration, DataShape, cost
+from edge_runtime.cost import Calibration, DataShape, cost, trained
 from edge_runtime.engine import Engine, EngineOptions, check_options, find_engine
 from edge_runtime.local import DataOptions, prepare
 from edge_runtime.manifest import Manifest
@@ -43,20 +43,9 @@ class CouldDo:
     def ours(self, plan: Plan) -> Plan:
         """A granted plan with the cost that this device computes for it, whatever the grant says."""
         asked, settings = plan.chosen, plan.settings
-        own = cost(
-            self.spec,
-            self.data,
-            settings,
-            self.calibration,
-            asked.depth,
-            asked.checkpointing,
-            asked.micro_batch,
-            asked.cached,
-            asked.codec,
-            plan.block_ranks,
-            plan.adapters,
-        )
-        return replace(plan, chosen=own)
+        what = trained(self.spec, asked.depth, settings, plan.block_ranks, plan.adapters)
+        how = (asked.checkpointing, asked.micro_batch, asked.cached, asked.codec)
+        return replace(plan, chosen=cost(self.spec, self.data, settings, self.calibration, what, *how))
 
     def rows_within(self, memory_bytes: int) -> tuple[CostRow, ...]:
         """The table for another memory budget."""

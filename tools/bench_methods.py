@@ -1,18 +1,19 @@
 """`tools/bench methods`: methods beside each other in the simulator, under limits, on real data, over seeds.
 
-A grid of methods x data x partitions x fleets x seeds. For each method the learning rate is chosen from the same small grid, on
-a fifth of the training rows and the first seed; with that rate each seed trains on all of them and is tested. Each cell is a
-simulation's folder, so a bench that was stopped goes on, and `edge-coordinator sim compare` reads the cells too. The grid is
-`bench_methods_grid.py`'s, the plots `bench_methods_plot.py`'s; the methods' names are the coordinator's.
+A grid of methods x data x partitions x fleets x seeds. For each method, data set and partition the learning rate is chosen from
+the same small grid, in the first of the fleets, on a fifth of the training rows and the first seed; with that rate each seed trains
+on all of them and is tested. `full` is the reference that nothing limits. Each cell is a simulation's folder, so a bench that was
+stopped goes on, and `edge-coordinator sim compare` reads the cells too. The grid is `bench_methods_grid.py`'s, the plots
+`bench_methods_plot.py`'s; the methods' names are the coordinator's.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=bench.whole, default=3, help="runs, from --seed on (%(default)s)")
     add("--rates", default=",".join(f"{r:g}" for r in RATES), help="times the usual learning rates (%(default)s)")
     add("--models", default="minilm-l6", help="budgets are the first one's, caff runs on all (%(default)s)")
+    add("--examples", type=bench.whole, default=5000, help="of training data, at most (%(default)s)")
     add("--devices", type=bench.whole, default=30, help="(%(default)s)")
     add("--goal", type=bench.whole, default=10, help="updates a round (%(default)s)")
     add("--rounds", type=bench.whole, default=15, help="(%(default)s)")
@@ -111,7 +113,7 @@ def small(args: argparse.Namespace) -> None:
     """--quick: minutes."""
     args.methods, args.data, args.fleets = "caff,exclusive,head", "trec-coarse", "memory"
     args.partitions, args.seeds, args.rates = "iid", 1, "1"
-    args.devices, args.goal, args.rounds, args.epochs = 6, 6, 2, 1
+    args.devices, args.goal, args.rounds, args.epochs, args.examples = 6, 6, 2, 1, 240
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,9 +124,9 @@ def run(args: argparse.Namespace) -> int:
     rates, models = rates_of(args.rates), list(dict.fromkeys(args.models.split(",")))
     if args.goal > args.devices:
         raise UsageError(f"--goal {args.goal} is more than --devices {args.devices}")
-    scale = Scale(args.devices, args.goal, args.rounds, args.epochs, 240 if args.quick else None)
+    scale = Scale(args.devices, args.goal, args.rounds, args.epochs, args.examples)
     work = args.work or cache_folder() / "bench" / "methods"
-    work = work / f"{args.devices}.{args.goal}.{args.rounds}.{args.epochs}{'.quick' if args.quick else ''}"
+    work = work / f"{args.devices}.{args.goal}.{args.rounds}.{args.epochs}.{args.examples}"
     machine = bench.machine()
     with lock_folder(work, "a bench"), until_told_to_stop() as keep_going:
         grid = Grid(work, scale, models[0], note)
@@ -152,18 +154,42 @@ class Plan:
         """A row's name."""
         return method if len(self.models) == 1 else f"{method}, {model}"
 
+    def tried(self, setting: Setting, method: str, model: str) -> dict[float, Cell]:
+        """Where a method's learning rate is chosen: for each rate a cell, the same for all fleets; none to choose: none."""
+        if len(self.rates) < 2:
+            return {}
+        same = (s for s in self.settings if (s.data, s.partition) == (setting.data, setting.partition))
+        where = unlimited(next(same), method)
+        return {rate: Cell(where, model, method, rate, self.seeds[0], tuning=True) for rate in self.rates}
+
+    def runs(self, setting: Setting, method: str, model: str, rate: float) -> dict[int, Cell]:
+        """What is compared: for each seed a cell."""
+        where = unlimited(setting, method)
+        return {seed: Cell(where, model, method, rate, seed) for seed in self.seeds}
+
+    def __len__(self) -> int:
+        """Number of cells."""
+        rows = [(setting, *row) for setting in self.settings for row in self.rows]
+        tuning = {cell for row in rows for cell in self.tried(*row).values()}
+        return len(tuning) + len({cell for row in rows for cell in self.runs(*row, self.rates[0]).values()})
+
+
+def unlimited(setting: Setting, method: str) -> Setting:
+    """The setting that a method is run in: `full` trains everything everywhere, whatever limits the others have."""
+    return replace(setting, fleet="open") if method == "full" else setting
+
 
 def measure(
     grid: Grid, plan: Plan, keep_going: Callable[[], bool]
 ) -> tuple[list[bench.Row], dict[str, list[dict[str, Any]]]]:
     """-> (a row for each setting and method, CAFF's choice among the models for each setting)."""
-    total = len(plan.settings) * len(plan.rows) * (len(plan.seeds) + (len(plan.rates) if len(plan.rates) > 1 else 0))
-    count = itertools.count(1)
+    seen: set[Cell] = set()
 
     def finished(cell: Cell) -> dict[str, Any]:
-        number, begun = next(count), grid.curve(cell)
+        seen.add(cell)
+        begun = grid.curve(cell)
         if begun is None:
-            said = f"[{number}/{total}] {cell.setting.name}: {cell.method} on {cell.model}, rate x {cell.rate:g}, seed {cell.seed}"
+            said = f"[{len(seen)}/{len(plan)}] {cell.setting.name}: {cell.method} on {cell.model}, rate x {cell.rate:g}, seed {cell.seed}"
             note(said + (", choosing the rate" if cell.tuning else ""))
             begun = grid.simulate(cell, shown, keep_going)
         return outcome(begun)
@@ -173,12 +199,9 @@ def measure(
         if len(plan.models) > 1:
             choices[setting.name] = described(grid.candidates(setting, plan.models, plan.seeds[0]))
         for method, model in plan.rows:
-            tried = {}
-            if len(plan.rates) > 1:
-                cells = {rate: Cell(setting, model, method, rate, plan.seeds[0], tuning=True) for rate in plan.rates}
-                tried = {rate: finished(cell)["accuracy"] for rate, cell in cells.items()}
+            tried = {rate: finished(cell)["accuracy"] for rate, cell in plan.tried(setting, method, model).items()}
             rate = best_rate(tried) if tried else plan.rates[0]
-            runs = {seed: finished(Cell(setting, model, method, rate, seed)) for seed in plan.seeds}
+            runs = {seed: finished(cell) for seed, cell in plan.runs(setting, method, model, rate).items()}
             rows.append(row(plan.name(method, model), setting, rate, tried, runs))
     return rows, choices
 
@@ -230,7 +253,8 @@ def notes(args: argparse.Namespace, choices: dict[str, list[dict[str, Any]]]) ->
         f"{args.devices} virtual devices, a third each of the classes `all`, `two` and `one`: under memory, compute or upload limits they can "
         f"train all blocks, two, or one, by budgets half way between what so many blocks and one more need in the cost table of {args.models.split(',')[0]}.",
         f"{args.goal} updates a round, {args.rounds} rounds of {args.epochs} epoch(s). AdamW; a rate counts times 2e-4 in blocks, 2e-3 in head and adapters, "
-        f"the same grid {args.rates} for every method, chosen on a fifth of the training rows with seed {args.seed}; then {args.seeds} seed(s) on all of them.",
+        f"the same grid {args.rates} for every method, chosen under the first kind of limits on a fifth of the training rows with seed {args.seed}; then "
+        f"{args.seeds} seed(s) on all of them. `full` is without limits in every table: what could be reached.",
         "Time is virtual and device memory is what plans promise (largest over devices): predicted, not measured. Accuracy `on what a class holds`: by label, "
         "weighted by how many examples of it the class's devices have.",
     ]

@@ -49,6 +49,8 @@ HEAVY = (
     "work",
 )  # of a cell that is finished: 0.3 GB, and only results are asked for
 VALIDATION_SHARE = 0.2  # of the training rows, on which learning rates are chosen
+TEST_ROWS = 1500  # at most: a standard error of about a point
+EVALUATE_EVERY = 3  # rounds between two points of a curve
 
 
 class WrongThirds(EdgeError):
@@ -63,7 +65,7 @@ class Scale:
     goal: int
     rounds: int
     epochs: int
-    rows: int | None = None  # of training data, at most
+    rows: int  # of training data, at most
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,9 @@ class Grid:
         folder, scale, setting = self.work / cell.folder, self.scale, cell.setting
         train, test = self._files(setting.data, cell.tuning)
         classes, base = folder / "classes.toml", folder / "classes.base.toml"
-        options = SimOptions(train, test, scale.devices, CLASSES, classes, setting.partition, workers=None)
+        options = SimOptions(
+            train, test, scale.devices, CLASSES, classes, setting.partition, evaluate_every=EVALUATE_EVERY, workers=None
+        )
         if classes.exists():  # it is written last
             return folder, options
         (folder / CONFIG_FILE).unlink(missing_ok=True)
@@ -166,23 +170,25 @@ class Grid:
 
     def _files(self, name: str, tuning: bool) -> tuple[Path, Path]:
         """Training and test rows of a data set as files, made once."""
-        folder = self.work / "data" / f"{name}.{self.scale.rows or 'all'}"
+        folder = self.work / "data" / f"{name}.{self.scale.rows}"
         names = ("fit", "check") if tuning else ("train", "test")
         paths = (folder / f"{names[0]}.csv", folder / f"{names[1]}.csv")
         if not all(path.exists() for path in paths):
             make_folder(folder)
             found = datasets.load(name, self._say)
-            rows, limit = list(found.train), self.scale.rows
-            if limit:
-                random.Random(0).shuffle(rows)
-                rows = rows[:limit]
+            rows = some(found.train, self.scale.rows)
             known = {row.label for row in rows}
-            test = [row for row in found.test if row.label in known][: limit or None]
+            test = some([row for row in found.test if row.label in known], min(self.scale.rows, TEST_ROWS))
             fit, check = train_test(rows, VALIDATION_SHARE, 0)
             made = {"train": rows, "test": test, "fit": fit, "check": check}
             for part, part_rows in made.items():
                 datasets.write_csv(part_rows, folder / f"{part}.csv")
         return paths
+
+
+def some(rows: Sequence[datasets.Row], most: int) -> list[datasets.Row]:
+    """At most so many of them, always the same."""
+    return list(rows) if len(rows) <= most else random.Random(0).sample(rows, most)
 
 
 def _labels(path: Path) -> list[str]:

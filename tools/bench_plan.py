@@ -23,7 +23,7 @@ import numpy as np
 from edge_models import bert, hub
 from edge_runtime import local
 from edge_runtime.console import note, run_main
-from edge_runtime.cost import cost, micro_batches
+from edge_runtime.cost import cost, micro_batches, trained
 from edge_runtime.engine import EngineOptions
 from edge_runtime.errors import EdgeError, TrainingFailed
 from edge_runtime.planner import make_plan, mib
@@ -154,19 +154,9 @@ def run_row(
     micro = sizes[int(row["micro"] * len(sizes))]
     rank = row["lora_rank"]
     ranks = tuple(max(1, rank * (i + 1) // depth) for i in range(depth)) if rank and row["ranks"] else ()
-    chosen = cost(
-        planned.source.spec,
-        planned.prepared.data,
-        settings,
-        planned.calibration,
-        depth,
-        row["checkpointing"] and depth > 0,
-        micro,
-        row["cached"],
-        "f32",
-        ranks,
-        row["adapters"],
-    )
+    what = trained(planned.source.spec, depth, settings, ranks, row["adapters"])
+    of_model = (planned.source.spec, planned.prepared.data, settings, planned.calibration)
+    chosen = cost(*of_model, what, row["checkpointing"] and depth > 0, micro, row["cached"])
     carried_out = make_plan(chosen, planned.prepared.data, settings)
     if chosen.rank:
         carried_out = dataclasses.replace(carried_out, ranks=ranks, adapters=row["adapters"])

@@ -112,10 +112,9 @@ class GraphBackend:
             return self._layer_by_layer(pieces, scale)
         return self._piece_by_piece(pieces, scale)
 
-    def correct(self, batch: Batch, features: Array | None = None) -> int:
-        """How many examples of a batch the model classifies rightly."""
-        logits = self.logits(batch, features)
-        return int((logits.argmax(-1) == batch.labels).sum())
+    def correct(self, batch: Batch) -> Array:
+        right: Array = self.logits(batch).argmax(-1) == batch.labels
+        return right
 
     def logits(self, batch: Batch, features: Array | None = None) -> Array:
         """(batch, labels) float32."""

@@ -34,8 +34,8 @@ class Backend(Protocol):
     def step(self, batch: Batch) -> float:
         """One optimizer step on a batch, in the plan's micro-batches; -> mean loss."""
 
-    def correct(self, batch: Batch) -> int:
-        """How many examples of a batch the model classifies rightly."""
+    def correct(self, batch: Batch) -> Array:
+        """Which examples of a batch the model classifies rightly: (batch,) bool."""
 
     def deltas(self) -> Iterator[tuple[str, Array]]:
         """Trained tensor minus its start, float32 and flat, in the order of the plan's suffix, a piece at a time."""
@@ -152,10 +152,12 @@ def _cached(backend: Backend, corpus: Corpus, batches: Sequence[Sequence[int]], 
 
 def accuracy(backend: Backend, corpus: Corpus, batch_size: int) -> float:
     """Share of a data set that the model classifies rightly."""
-    return right_of(backend, corpus, range(len(corpus)), batch_size) / len(corpus)
+    return sum(right for _, right in classified(backend, corpus, batch_size)) / len(corpus)
 
 
-def right_of(backend: Backend, corpus: Corpus, indices: Sequence[int], batch_size: int) -> int:
-    """How many of these examples the model classifies rightly."""
-    order = sorted(indices, key=lambda i: int(corpus.starts[i + 1] - corpus.starts[i]))
-    return sum(backend.correct(corpus.batch(order[i : i + batch_size])) for i in range(0, len(order), batch_size))
+def classified(backend: Backend, corpus: Corpus, batch_size: int) -> Iterator[tuple[int, bool]]:
+    """Each example's label, and whether the model classifies it rightly; texts of like length together."""
+    order = sorted(range(len(corpus)), key=lambda i: int(corpus.starts[i + 1] - corpus.starts[i]))
+    for i in range(0, len(order), batch_size):
+        batch = corpus.batch(order[i : i + batch_size])
+        yield from zip(batch.labels.tolist(), backend.correct(batch).tolist(), strict=True)

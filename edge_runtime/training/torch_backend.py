@@ -77,14 +77,15 @@ class TorchBackend:
                 parameter.grad = None
         return total
 
-    def correct(self, batch: Batch) -> int:
+    def correct(self, batch: Batch) -> Array:
         ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)
         with torch.no_grad():
             hidden, bias = self._model.embed(ids, mask)
             for block in self._model.blocks:
                 hidden = block(hidden, bias)
             predicted = self._model.head(hidden, mask).argmax(-1)
-        return int((predicted == torch.from_numpy(batch.labels)).sum())
+        right: Array = predicted.numpy() == batch.labels
+        return right
 
     def deltas(self) -> Iterator[tuple[str, Array]]:
         return deltas(self._spec, self._plan, self._changes, self._lora)

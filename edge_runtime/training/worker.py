@@ -289,16 +289,16 @@ def probe(job: Job) -> dict[str, Any]:
 def evaluate(job: Job) -> dict[str, Any]:
     """Classify a tokenised data set; -> for each label how many are right, and how many there are."""
     from edge_runtime.records import TrainSettings
-    from edge_runtime.training.loop import right_of
+    from edge_runtime.training.loop import classified
 
     spec, size = spec_of(job), job["batch_size"]
     row = CostRow(0, False, size, 0, 0.0, 0.0, 0, backend=job["backend"])
     backend = backend_of(job, spec, Plan(row, TrainSettings(batch_size=size), 0))
-    data = Corpus(Path(job["corpus"]))
-    of_label: list[list[int]] = [[] for _ in spec.labels]
-    for i, label in enumerate(data.labels):
-        of_label[int(label)].append(i)
-    return {"right": [right_of(backend, data, part, size) for part in of_label], "total": [len(p) for p in of_label]}
+    right, total = [0] * len(spec.labels), [0] * len(spec.labels)
+    for label, is_right in classified(backend, Corpus(Path(job["corpus"])), size):
+        total[label] += 1
+        right[label] += is_right
+    return {"right": right, "total": total}
 
 
 def derive(job: Job) -> dict[str, Any]:

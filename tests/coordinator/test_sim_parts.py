@@ -22,7 +22,7 @@ from edge_coordinator.sim.partition import divide, parse_partition
 from edge_coordinator.sim.results import Results
 from edge_coordinator.sim.speed import TRAIN, block_flops, measured_gflops, scaled
 from edge_models import bert
-from edge_runtime.cost import Calibration, DataShape, cost
+from edge_runtime.cost import Calibration, DataShape, cost, trained
 from edge_runtime.errors import MissingExtra, UsageError
 from edge_runtime.manifest import make_manifest
 from edge_runtime.records import Budget, TrainSettings
@@ -194,7 +194,7 @@ def test_a_class_trains_blocks_at_its_gflops() -> None:
             DATA,
             settings,
             replace(calibration, forward_fixed_s=0.0, forward_per_token_s=0.0, update_per_parameter_s=0.0),
-            depth,
+            trained(SPEC, depth, settings),
             False,
             16,
         )
@@ -207,7 +207,8 @@ def test_a_class_trains_blocks_at_its_gflops() -> None:
 
 def test_memory_does_not_depend_on_the_class() -> None:
     slow = scaled(HERE, 100.0)
-    rows = [cost(SPEC, DATA, TrainSettings(), c, 2, False, 8) for c in (HERE, slow)]
+    settings = TrainSettings()
+    rows = [cost(SPEC, DATA, settings, c, trained(SPEC, 2, settings), False, 8) for c in (HERE, slow)]
     assert rows[0].peak_bytes == rows[1].peak_bytes
     assert rows[1].step_s == pytest.approx(100 * rows[0].step_s)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def priced(
     settings: TrainSettings = SETTINGS,
 ) -> CostRow:
     """The cost with this file's model and machine."""
-    return cost(SPEC, data, settings, CALIBRATION, depth, checkpointing, micro_batch)
+    return cost(SPEC, data, settings, CALIBRATION, trained(SPEC, depth, settings), checkpointing, micro_batch)
 
 
 def suffix(depth: int) -> Trained:
@@ -230,18 +231,22 @@ def test_adapters_are_priced_by_what_is_really_trained() -> None:
 def test_lower_ranks_fewer_layers_and_b_alone_never_cost_more_than_the_row_they_come_from() -> None:
     spec = bert.describe(BERT, ("a", "b"), 60)
     measured = dataclasses.replace(CALIBRATION, rank=8, saved_per_token_bytes=40 * 128)
-    whole = cost(spec, DATA, LORA, measured, 3, False, 8)
+
+    def of(settings: TrainSettings, ranks: Sequence[int] = (), adapters: str = "ab") -> CostRow:
+        return cost(spec, DATA, settings, measured, trained(spec, 3, settings, ranks, adapters), False, 8)
+
+    whole = of(LORA)
     less = [
-        cost(spec, DATA, LORA, measured, 3, False, 8, ranks=(1, 4, 8)),
-        cost(spec, DATA, dataclasses.replace(LORA, lora_targets=("q",)), measured, 3, False, 8),
-        cost(spec, DATA, LORA, measured, 3, False, 8, adapters="b"),
+        of(LORA, ranks=(1, 4, 8)),
+        of(dataclasses.replace(LORA, lora_targets=("q",))),
+        of(LORA, adapters="b"),
     ]
     assert whole.rank == 8
     for row in less:
         assert row.peak_bytes <= whole.peak_bytes
         assert row.step_s < whole.step_s
         assert row.upload_bytes < whole.upload_bytes
-    assert whole.upload_bytes < cost(spec, DATA, SETTINGS, measured, 3, False, 8).upload_bytes
+    assert whole.upload_bytes < of(SETTINGS).upload_bytes
 
 
 def test_what_a_block_with_adapters_keeps_is_what_was_measured() -> None:

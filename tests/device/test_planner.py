@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edge_models import bert
 from edge_runtime.codecs import CHOSEN, update_bytes
-from edge_runtime.cost import Calibration, DataShape, cost
+from edge_runtime.cost import Calibration, DataShape, cost, trained
 from edge_runtime.errors import DoesNotFit, UsageError
 from edge_runtime.layout import sent
 from edge_runtime.planner import (
@@ -176,7 +176,8 @@ def test_a_table_has_every_depth_without_and_with_checkpointing_and_the_head_onc
     ]
     for row in rows:
         every = [
-            cost(SPEC, DATA, SETTINGS, CALIBRATION, row.depth, row.checkpointing, size) for size in (16, 8, 4, 2, 1)
+            cost(SPEC, DATA, SETTINGS, CALIBRATION, trained(SPEC, row.depth, SETTINGS), row.checkpointing, size)
+            for size in (16, 8, 4, 2, 1)
         ]
         fast = [r for r in every if r.step_s <= 1.05 * min(r.step_s for r in every)]
         assert row == min(fast, key=lambda r: r.peak_bytes), "with room enough the smallest of the fast ones"
@@ -306,7 +307,8 @@ def test_sizes_for_people() -> None:
 
 @pytest.mark.parametrize("depth", [0, 3])
 def test_what_a_plan_can_go_on_as_has_its_depth_and_needs_less_and_less(depth: int) -> None:
-    whole = cost(SPEC, DATA, SETTINGS, CALIBRATION, depth, False, 16)
+    what = trained(SPEC, depth, SETTINGS)
+    whole = cost(SPEC, DATA, SETTINGS, CALIBRATION, what, False, 16)
     smaller = smaller_rows(SPEC, DATA, CALIBRATION, make_plan(whole, DATA, SETTINGS))
     peaks = [whole.peak_bytes, *(candidate.peak_bytes for candidate in smaller)]
     assert len(smaller) >= 2 and peaks == sorted(set(peaks), reverse=True)
@@ -318,7 +320,9 @@ def test_what_a_plan_can_go_on_as_has_its_depth_and_needs_less_and_less(depth: i
 def test_a_correction_raises_every_promise_and_no_time() -> None:
     corrected = dataclasses.replace(CALIBRATION, correction=1.5)
     for depth in range(5):
-        before, after = (cost(SPEC, DATA, SETTINGS, c, depth, False, 8) for c in (CALIBRATION, corrected))
+        before, after = (
+            cost(SPEC, DATA, SETTINGS, c, trained(SPEC, depth, SETTINGS), False, 8) for c in (CALIBRATION, corrected)
+        )
         assert after.peak_bytes == pytest.approx(1.5 * before.peak_bytes, rel=0.02)
         assert after.step_s == before.step_s
 

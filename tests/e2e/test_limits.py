@@ -114,7 +114,7 @@ def test_auto_within_a_cgroup_counts_the_limit_and_not_the_machines_memory(data:
 TRAIN_WHILE_MEMORY_GOES = """
 import dataclasses, json, sys, threading, time
 from edge_runtime import Device, TrainSettings, plan, train
-from edge_runtime.cost import cost
+from edge_runtime.cost import cost, trained
 from edge_runtime.engine import EngineOptions
 from edge_runtime.hardware import room
 from edge_runtime.planner import make_plan
@@ -124,7 +124,8 @@ device = Device.measure(1, speed=False)
 settings = TrainSettings(epochs=3, batch_size=16, optimizer=optimizer)
 planned = plan("minilm-l3", data, settings=settings, device=device, engine=EngineOptions(backend), max_length=64)
 shape = planned.prepared.data
-whole = cost(planned.source.spec, shape, settings, planned.calibration, 2, False, 16)  # not in pieces
+spec = planned.source.spec
+whole = cost(spec, shape, settings, planned.calibration, trained(spec, 2, settings), False, 16)  # not in pieces
 planned = dataclasses.replace(planned, chosen=make_plan(whole, shape, settings))
 begun = threading.Event()
 

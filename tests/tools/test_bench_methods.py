@@ -104,6 +104,27 @@ def test_every_cell_has_a_folder_of_its_own() -> None:
     assert len({cell.folder for cell in cells}) == len(cells)
 
 
+def test_rates_are_chosen_once_for_all_fleets_and_the_reference_is_without_limits() -> None:
+    settings = [
+        replace(SETTING, data=data, fleet=fleet) for data in ("trec", "debian") for fleet in ("memory", "upload")
+    ]
+    plan = bench_methods.Plan(settings, ["caff", "full"], ["minilm-l6"], [0.5, 1.0], 7, 3)
+    of = {
+        (s, m): (plan.tried(s, m, "minilm-l6"), plan.runs(s, m, "minilm-l6", 0.5))
+        for s in settings
+        for m in ("caff", "full")
+    }
+    for data in (0, 2):
+        memory, upload = settings[data : data + 2]
+        assert of[memory, "caff"][0] == of[upload, "caff"][0]
+        assert [cell.setting for cell in of[upload, "caff"][1].values()] == [upload] * 3
+        assert of[memory, "full"] == of[upload, "full"]
+        assert {cell.setting.fleet for cells in of[upload, "full"] for cell in cells.values()} == {"open"}
+    assert all(cell.seed == 7 and cell.tuning for cell in of[settings[0], "caff"][0].values())
+    assert len(plan) == 2 * (2 * 2 + 2 * 3 + 3)  # rates of both methods; caff under two limits, full under none
+    assert len(bench_methods.Plan(settings, ["caff"], ["minilm-l6"], [1.0], 7, 3)) == 4 * 3
+
+
 def test_the_best_rate_is_taken_and_of_equals_the_usual_one() -> None:
     assert bench_methods.best_rate({0.5: 0.7, 1.0: 0.6, 2.0: 0.5}) == 0.5
     assert bench_methods.best_rate({0.5: 0.7, 1.0: 0.7, 2.0: 0.7}) == 1.0
@@ -172,7 +193,7 @@ def test_a_cell_is_simulated_once_and_its_fleet_plans_as_its_classes_say(
         return datasets.DataSet(name, *parts, licence="", source="")
 
     monkeypatch.setattr(datasets, "load", made)
-    grid = Grid(tmp_path / "work", Scale(3, 3, 1, 1), str(model), print)
+    grid = Grid(tmp_path / "work", Scale(3, 3, 1, 1, 5000), str(model), print)
     cell = Cell(Setting("trec", "iid", "upload"), str(model), "caff", 2.0, 1)
     assert grid.curve(cell) is None
     rows = grid.simulate(cell, lambda row: None, lambda: True)
