@@ -150,7 +150,7 @@ def trained(
     ranks = ranks or (settings.lora_rank,) * depth
 
     def those(what: str) -> tuple[TensorSpec, ...]:
-        return sent(spec, depth, ranks, settings.lora_targets, what)
+        return sent(spec, depth, ranks, settings, what)
 
     update = those(adapters)
     tensors = update if adapters else those("ab")

@@ -1,4 +1,4 @@
-"""What an update consists of: which linear layers have LoRA adapters, of which rank, and in which order their values come.
+"""What an update consists of: which linear layers have LoRA adapters or masks, and in which order their values come.
 
 Both sides of the wire derive it from the model's shape and the plan, so an update needs no header. Pure, without numpy.
 Not the adapters' values (`training/adapters.py`), not their bytes (`encoding.py`). Imports the model and the records.
@@ -14,27 +14,40 @@ from edge_runtime.model import ModelSpec, TensorSpec, load_family
 from edge_runtime.records import Plan, TrainSettings
 
 A, B = ".lora_a", ".lora_b"  # in place of ".weight": (rank, inputs) and (outputs, rank)
+MASKED = ".masked"  # in place of ".weight": the trained entries of a matrix (`masks.py`)
 ADAPTERS = ("", "ab", "b")
 
 
 def layout(spec: ModelSpec, plan: Plan) -> tuple[TensorSpec, ...]:
     """The tensors of an update, in its order.
 
-    With `plan.adapters` A and B (for "b" only B) of each adapted layer in the model's order, then the head; else the suffix.
+    With `plan.adapters` A and B (for "b" only B) of each adapted layer in the model's order, then the head; with
+    `mask_every` the masked entries of each such layer, then the head; else the suffix.
 
     Raises:
         UsageError: a target is no linear layer of the model.
     """
-    return sent(spec, plan.chosen.depth, plan.block_ranks, plan.settings.lora_targets, plan.adapters)
+    return sent(spec, plan.chosen.depth, plan.block_ranks, plan.settings, plan.adapters)
 
 
 def sent(
-    spec: ModelSpec, depth: int, ranks: Sequence[int], names: Sequence[str], adapters: str
+    spec: ModelSpec, depth: int, ranks: Sequence[int], settings: TrainSettings, adapters: str
 ) -> tuple[TensorSpec, ...]:
-    """As `layout`, for adapters of these ranks in the last `depth` blocks; without any, or "", the suffix."""
+    """As `layout`, for the last `depth` blocks with adapters of these ranks."""
+    if settings.mask_every:
+        return (*masked_tensors(spec, depth, settings), *spec.suffix(0))
     if not adapters or not any(ranks):
         return spec.suffix(depth)
-    return (*adapter_tensors(spec, _numbered(spec, ranks), names, adapters), *spec.suffix(0))
+    return (*adapter_tensors(spec, _numbered(spec, ranks), settings.lora_targets, adapters), *spec.suffix(0))
+
+
+def masked_tensors(spec: ModelSpec, depth: int, settings: TrainSettings) -> list[TensorSpec]:
+    """The masked entries (entries,) of each matrix that `lora_targets` choose in the last `depth` blocks."""
+    blocks = range(spec.num_blocks - depth, spec.num_blocks)
+    return [
+        TensorSpec(t.name.removesuffix(".weight") + MASKED, (-(-t.size // settings.mask_every),), t.part)
+        for t, _ in adapted(spec, dict.fromkeys(blocks, 1), settings.lora_targets)
+    ]
 
 
 def adapter_tensors(
@@ -125,6 +138,8 @@ def misfit(spec: ModelSpec, plan: Plan) -> str:
         return f"ranks {plan.ranks or row.rank} above {min(row.rank, settings.lora_rank)}"
     if row.depth and plan.adapters and not row.rank:
         return "adapters without a rank"
+    if settings.mask_every and (plan.adapters or settings.lora_rank):
+        return f"a mask with adapters {plan.adapters!r} of rank {settings.lora_rank}"
     try:
         targets(spec, settings.lora_targets)
     except UsageError as error:

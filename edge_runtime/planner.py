@@ -40,11 +40,17 @@ def check_settings(settings: TrainSettings) -> TrainSettings:
         "lora_rank": (0, 1024),
         "lora_alpha": (1e-3, 1e6),
         "proximal_mu": (0, 1e3),
+        "mask_every": (0, 1 << 16),
+        "mask_seed": (0, (1 << 63) - 1),
     }
     for name, (low, high) in limits.items():
         value = getattr(settings, name)
         if not low <= value <= high:
             raise UsageError(f"{name} must be from {low} to {high}, it is {value}")
+    if settings.mask_every and settings.lora_rank:
+        raise UsageError(
+            "mask_every and lora_rank exclude each other: entries of the matrices are trained, or adapters"
+        )
     return settings
 
 

@@ -81,6 +81,10 @@ class TrainSettings:
     lora_alpha: Annotated[float, Range(1e-3, 1e6)] = 16.0  # B A is scaled by lora_alpha / lora_rank everywhere
     lora_targets: Annotated[tuple[Name, ...], Range(0, 32)] = ()  # layers with adapters (`layout.py`); empty: all
     proximal_mu: Annotated[float, Range(0, 1e3)] = 0.0  # FedProx: gradients get mu * (w - w at the round's start)
+    mask_every: Annotated[int, Range(0, 1 << 16)] = (
+        0  # of this many entries of a matrix one is trained; 0: all, and vectors too
+    )
+    mask_seed: Annotated[int, Range(0, (1 << 63) - 1)] = 0  # draws them (`masks.py`)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace) -> int:
             shutil.rmtree(scratch / str(seed))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    lora = update_bytes(sent(spec, spec.num_blocks, (LORA_RANK,) * spec.num_blocks, (), "ab"), "f32")
+    lora = update_bytes(sent(spec, spec.num_blocks, (LORA_RANK,) * spec.num_blocks, TrainSettings(), "ab"), "f32")
     rows = [row(name, runs[name], runs.get(name_of(depth, "f32"), []), spec, depth, lora)
             for depth in DEPTHS for name in names if name.startswith(f"last {depth} ")]  # fmt: skip
     bench.finish(

@@ -76,6 +76,23 @@ def test_the_head_alone_has_no_adapters(spec: ModelSpec) -> None:
     assert layout(spec, plan(0)) == spec.suffix(0)
 
 
+def test_a_mask_has_an_entry_for_every_so_many_of_a_matrix_in_the_trained_blocks(spec: ModelSpec) -> None:
+    found = layout(spec, plan(1, 0, adapters="", lora_rank=0, mask_every=10, lora_targets=("q", "up")))
+    matrices = {
+        t.name: t
+        for t in spec.tensors
+        if t.part == 2 and t.name.endswith(("query.weight", "intermediate.dense.weight"))
+    }
+    assert {t.name.replace(".masked", ".weight"): t.shape for t in found if t.part == 2} == {
+        name: (-(-t.size // 10),) for name, t in matrices.items()
+    }
+    assert found[-2:] == spec.suffix(0)
+    every = layout(spec, plan(3, 0, adapters="", lora_rank=0, mask_every=1))
+    assert sum(t.size for t in every if t.part < 3) == sum(
+        t.size for t in spec.suffix(3) if t.part < 3 and t.is_adapted
+    )
+
+
 def test_a_short_name_means_one_layer_and_the_end_of_a_name_all_that_end_so(spec: ModelSpec) -> None:
     last = "encoder.layer.2."
     assert last + "output.dense.weight" in targets(spec, ["down"])
@@ -112,6 +129,7 @@ def test_a_plan_that_holds_together_fits(spec: ModelSpec) -> None:
         (plan(2, 8), "above 4"),
         (plan(2, 0), "without a rank"),
         (plan(1, lora_targets=("w",)), "'w' is no linear layer"),
+        (plan(1, mask_every=10), "a mask with adapters 'ab'"),
     ],
 )
 def test_a_plan_that_does_not_is_told_why(spec: ModelSpec, wrong: Plan, why: str) -> None:

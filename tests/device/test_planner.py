@@ -346,7 +346,7 @@ def test_a_fleets_table_offers_every_depth_in_ranks_halved_down_to_one() -> None
         assert {(r.depth, r.rank) for r in rows} == {(0, 0), *itertools.product((1, 2, 3, 4), (12, 6, 3, 1))}
         for row in rows:
             ranks = (row.rank,) * row.depth
-            assert row.upload_bytes == update_bytes(sent(LORA, row.depth, ranks, (), adapters), "f32")
+            assert row.upload_bytes == update_bytes(sent(LORA, row.depth, ranks, settings, adapters), "f32")
     full = sorted((r for r in rows if r.depth == 4 and not r.checkpointing), key=lambda r: r.rank)
     assert [r.peak_bytes for r in full] == sorted(r.peak_bytes for r in full), "no lower rank needs more memory"
     assert feasible(rows, NO_LIMIT, 1)[0].rank == 12
