@@ -8,7 +8,6 @@ Not the training (`training/adapters.py`). The format: https://huggingface.co/do
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -20,13 +19,13 @@ from edge_runtime.errors import ModelError, UsageError
 from edge_runtime.layout import A, B, linear_layers
 from edge_runtime.model import ModelSpec, load_family
 from edge_runtime.store import make_folder, write_json
-from edge_runtime.weights import MappedTensor, read_safetensors, write_safetensors
+from edge_runtime.weights import MappedTensor, read_json_object, read_safetensors, write_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 EDGE_FILE = "edge.json"
+WANTED = f"{CONFIG_FILE} and {WEIGHTS_FILE}"
 PREFIX = "base_model.model."
 THEIRS = {".lora_A.weight": A, ".lora_B.weight": B}
-MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK, MAX_ALPHA, MAX_LENGTH = 1024, 1e6, 1 << 17
 PATTERN = re.compile(r"[\w.-]{1,200}")  # PEFT takes regular expressions, which a stranger could make run for ever
 # Keys of a config that change nothing here: what they decide shows in the tensors, or matters to training with PEFT alone.
@@ -70,7 +69,7 @@ def read_adapter(folder: Path, family: str) -> Adapter:
     Raises:
         ModelError: a file is missing or damaged, or it is an adapter that we cannot apply exactly.
     """
-    config = _read_json(folder / CONFIG_FILE)
+    config = read_json_object(folder / CONFIG_FILE, WANTED)
     _check_config(folder, config)
     if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
         raise ModelError(f"{folder} has only adapter_model.bin, a pickle that could run code: it is never read")
@@ -185,25 +184,6 @@ def check_adapter_folder(folder: Path) -> None:
 # what is read
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object.
-
-    Raises:
-        ModelError: it is missing, too large, or none.
-    """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-        value = json.loads(raw) if len(raw) <= MAX_CONFIG_BYTES else None
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing: wanted a folder with {CONFIG_FILE} and {WEIGHTS_FILE}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"cannot read {path}: {str(error)[:200]}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is no JSON object of at most {MAX_CONFIG_BYTES >> 20} MiB")
-    return value
-
-
 def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse what would make another function of the same tensors. A key that is not known may be set to nothing only."""
     if config.get("peft_type") != "LORA":
@@ -239,7 +219,7 @@ def _ours(folder: Path) -> tuple[tuple[str, ...] | None, int | None]:
     """Labels and max_length, from the file that only we write."""
     if not (folder / EDGE_FILE).exists():
         return None, None
-    found = _read_json(folder / EDGE_FILE)
+    found = read_json_object(folder / EDGE_FILE, WANTED)
     labels, length = found.get("labels"), found.get("max_length")
     sound = isinstance(labels, list) and all(isinstance(label, str) and label for label in labels)
     if not sound or not (length is None or (type(length) is int and 0 < length <= MAX_LENGTH)):

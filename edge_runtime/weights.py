@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4}
 STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I64": "<i8", "I32": "<i4"}  # numpy's names
 MAX_HEADER_BYTES = 16 << 20
+MAX_JSON_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,25 @@ def _as_float32(array: np.ndarray[Any, np.dtype[Any]], dtype: str) -> np.ndarray
     if dtype == "BF16":  # the upper half of a float32's bits
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32)
+
+
+def read_json_object(path: Path, wanted: str) -> dict[str, Any]:
+    """A small JSON file that lies beside a checkpoint's tensors. Args: wanted: what its folder should hold, for the error.
+
+    Raises:
+        ModelError: it is missing, too large, or no JSON object.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_JSON_BYTES + 1)
+        value = json.loads(raw) if len(raw) <= MAX_JSON_BYTES else None
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: wanted a folder with {wanted}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"cannot read {path}: {str(error)[:200]}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is not a JSON object of at most {MAX_JSON_BYTES >> 20} MiB: fetch it again")
+    return value
 
 
 def read_safetensors(path: Path) -> dict[str, MappedTensor]:

@@ -8,7 +8,6 @@ other tasks are ignored. Not a tokenizer, not a trainer. May import `edge_runtim
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import ModelError
 from edge_runtime.model import EMBED, ConfigValue, ModelSpec, TensorSpec
-from edge_runtime.weights import MappedTensor, read_safetensors
+from edge_runtime.weights import MappedTensor, read_json_object, read_safetensors
 
 if TYPE_CHECKING:
     from edge_models._bert_torch import Bert
 
-MAX_JSON_BYTES = 8 << 20
 MAX_LABELS = 1 << 16
+WANTED = "config.json and model.safetensors"
 ACTIVATIONS = ("gelu", "gelu_new", "relu")
 
 # Whole numbers that a config must have, with the range that is taken for sane.
@@ -105,7 +104,7 @@ def open_folder(folder: Path) -> tuple[dict[str, ConfigValue], dict[str, MappedT
     Raises:
         ModelError: a file is missing or damaged, or the tensors are not those that the config asks for.
     """
-    raw = _read_json(folder / "config.json")
+    raw = read_json_object(folder / "config.json", WANTED)
     config = _checked_config(raw)
     stored = _stored_tensors(folder)
     tensors: dict[str, MappedTensor] = {}
@@ -241,27 +240,13 @@ def _tensor_specs(config: Mapping[str, ConfigValue], labels: int) -> list[Tensor
     return specs
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_JSON_BYTES + 1)
-        value = json.loads(raw) if len(raw) <= MAX_JSON_BYTES else None
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing: wanted a folder with config.json and model.safetensors") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is not a JSON object of at most {MAX_JSON_BYTES >> 20} MiB: fetch it again")
-    return value
-
-
 def _stored_tensors(folder: Path) -> dict[str, MappedTensor]:
     """The tensors of model.safetensors, or of the shards that its index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         return read_safetensors(single)
     if index.exists():
-        places = _read_json(index).get("weight_map")
+        places = read_json_object(index, WANTED).get("weight_map")
         if not isinstance(places, dict) or not all(
             isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) for name in places.values()
         ):
