@@ -58,7 +58,9 @@ def check_lora(spec: ModelSpec, settings: TrainSettings, depth: int | None, give
     if depth == 0 and settings.mask_every:
         raise UsageError("--depth 0 trains the head alone, all of it: leave --mask-every away, or go deeper")
     if settings.lora_targets and not settings.lora_rank and not settings.mask_every:
-        raise UsageError("--lora-targets chooses layers for adapters or a mask: give --lora-rank or --mask-every too")
+        raise UsageError(
+            "--lora-targets chooses layers for adapters or a mask: give their --lora-rank too, or --mask-every"
+        )
     chosen = targets(spec, settings.lora_targets)
     smallest = min((min(t.shape) for t in spec.tensors if t.name in chosen), default=0)
     if settings.lora_rank > smallest:
