@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import Annotated
 
 from edge_runtime.codecs import update_bytes
-from edge_runtime.layout import adapted, sent
+from edge_runtime.layout import adapted, place_bytes, sent
 from edge_runtime.model import ModelSpec, TensorSpec
 from edge_runtime.records import Bytes, CostRow, Range, Seconds, TrainSettings
 from edge_runtime.training.optimizers import state_bytes_per_parameter
@@ -130,7 +130,7 @@ class Trained:
     masked: int = 0  # of the total: entries of matrices that are trained sparsely
     dense: int = 0  # values of the most such matrices of one block
     largest_dense: int = 0  # of the largest of them
-    place_bytes: int = 0  # what tells where a masked entry is
+    place_bytes: int = 0  # what tells where the masked entries are
 
     @property
     def num_bytes(self) -> int:
@@ -139,8 +139,7 @@ class Trained:
 
     def held_bytes(self, optimizer: str) -> int:
         """With their optimizer states, and where they are."""
-        places = self.place_bytes * self.masked
-        return int((4 + state_bytes_per_parameter(optimizer)) * self.total) + 4 * self.still + places
+        return int((4 + state_bytes_per_parameter(optimizer)) * self.total) + 4 * self.still + self.place_bytes
 
 
 def trained(
@@ -175,8 +174,8 @@ def _with_mask(what: Trained, spec: ModelSpec, settings: TrainSettings, head: in
     matrices = [t for t, _ in adapted(spec, blocks, settings.lora_targets)]
     dense = max(sum(t.size for t in matrices if t.part == part) for part in blocks)
     largest = max((t.size for t in matrices), default=0)
-    place_bytes = 1 if settings.mask_every <= 256 else 2
-    return replace(what, masked=what.total - head, dense=dense, largest_dense=largest, place_bytes=place_bytes)
+    masked, of_each = what.total - head, place_bytes(settings.mask_every)
+    return replace(what, masked=masked, dense=dense, largest_dense=largest, place_bytes=of_each * masked)
 
 
 def static_bytes(spec: ModelSpec, what: Trained, optimizer: str) -> int:

@@ -55,6 +55,11 @@ def masked_name(matrix: TensorSpec) -> str:
     return matrix.name.removesuffix(".weight") + MASKED
 
 
+def place_bytes(every: int) -> int:
+    """What tells the place of a masked entry in its run of `every`."""
+    return 1 if every <= 256 else 2
+
+
 def adapter_tensors(
     spec: ModelSpec, ranks: Mapping[int, int], names: Sequence[str], adapters: str = "ab"
 ) -> list[TensorSpec]:

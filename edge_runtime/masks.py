@@ -3,7 +3,7 @@
 The first stage of SLoRA (Babakniya et al., arXiv 2308.06522) draws one mask for each dense layer, uniform, the same for every
 device and round. Our reading: one entry, drawn at random, in each run of `every` consecutive ones, so that both sides know the
 number of entries without drawing, and a mask is drawn without sorting. The same seed gives the same mask with every numpy:
-only raw bits of Philox are used. Imports numpy.
+only raw bits of Philox are used. Imports numpy and the layout.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import hashlib
 from typing import Any
 
 import numpy as np
+
+from edge_runtime.layout import place_bytes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -30,7 +32,7 @@ def offsets(seed: int, name: str, size: int, every: int) -> Array:
     """The same as places within their runs of `every` entries: uint8, or uint16 where runs are longer than 256."""
     key = int.from_bytes(hashlib.sha256(f"mask/{seed}/{name}".encode()).digest()[:16], "little")
     bits = np.random.Philox(key=key)
-    found = np.empty(-(-size // every), np.uint8 if every <= 256 else np.uint16)
+    found = np.empty(-(-size // every), f"uint{8 * place_bytes(every)}")
     for start in range(0, found.size, PIECE):
         drawn = bits.random_raw(min(PIECE, found.size - start))
         runs = np.minimum(size - every * np.arange(start, start + drawn.size), every)  # the last may be shorter
