@@ -89,6 +89,7 @@ class TorchBackend:
                     pull_back(gradient, self._changes(name), mu)
                 self.optimizer.update(name, parameter.detach().numpy(), gradient)
                 parameter.grad = None
+        self._sums = GradientSums()  # its memory is the next step's activations'
         return total
 
     def correct(self, batch: Batch) -> Array:
