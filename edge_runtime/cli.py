@@ -235,8 +235,15 @@ def _settings_flags(command: argparse.ArgumentParser) -> None:
     rank = "train LoRA adapters of this rank instead of the blocks themselves (%(default)s = the blocks)"
     add("--lora-rank", type=int, default=base.lora_rank, help=rank)
     add("--lora-alpha", type=float, default=base.lora_alpha, help="adapters count alpha / rank times (%(default)s)")
-    layers = "linear layers that get them: q,k,v,o,up,down or ends of names such as attention.self.query (all)"
+    layers = (
+        "linear layers that get them, or a mask: q,k,v,o,up,down or ends of names such as attention.self.query (all)"
+    )
     add("--lora-targets", type=_names, default=base.lora_targets, metavar="NAME[,NAME]", help=layers)
+    mask = (
+        "train one entry, drawn at random, in each N of the blocks' matrices, and no vectors (%(default)s = train all)"
+    )
+    add("--mask-every", type=int, default=base.mask_every, metavar="N", help=mask)
+    add("--mask-seed", type=int, default=base.mask_seed, help="draws the entries (%(default)s)")
     add("--adapter-learning-rate", type=float, default=base.adapter_learning_rate, help="of adapters (%(default)s)")
 
 

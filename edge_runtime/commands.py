@@ -89,6 +89,8 @@ def _plan(args: Namespace) -> tuple[local.Planned, local.Device]:
         adapter_learning_rate=args.adapter_learning_rate,
         lora_alpha=args.lora_alpha,
         lora_targets=args.lora_targets,
+        mask_every=args.mask_every,
+        mask_seed=args.mask_seed,
     )
     device = local.Device.measure(args.threads, speed=False)
     bad_rows = "skip" if args.skip_bad_rows else "error"
@@ -148,6 +150,7 @@ def _print_plan(planned: local.Planned) -> None:
     print(
         f"backend {row.backend}"
         + (f", LoRA adapters of rank {row.rank}" if row.rank else "")
+        + (", sparse: " + _masked(planned) + "the blocks" if _masked(planned) else "")
         + (f", frozen blocks in {row.precision}" if row.precision != "float32" else "")
         + (", frozen blocks' outputs cached after the first epoch" if planned.rows[0].cached else "")
         + "\n"
@@ -202,7 +205,7 @@ def _trained_fields(planned: local.Planned, trained: local.Trained) -> list[tupl
     if report.rank:
         what = f"adapters of rank {report.rank} in the last {report.depth} of {planned.source.spec.num_blocks} blocks, and the head"
     elif report.depth:
-        what = f"the last {report.depth} of {planned.source.spec.num_blocks} blocks and the head"
+        what = f"{_masked(planned)}the last {report.depth} of {planned.source.spec.num_blocks} blocks and the head"
     if report.checkpointing:
         what += ", with gradient checkpointing"
     what += f", micro-batch {report.micro_batch}, {report.steps} steps"
@@ -228,6 +231,12 @@ def _trained_fields(planned: local.Planned, trained: local.Trained) -> list[tupl
         ("accuracy", accuracy),
         ("model", str(trained.folder)),
     ]
+
+
+def _masked(planned: local.Planned) -> str:
+    """How much of the blocks is trained, before their name; empty for all of them."""
+    every = planned.chosen.settings.mask_every if planned.chosen else 0
+    return f"one of {every} entries of the matrices in " if every else ""
 
 
 def _print_fields(width: int, fields: Sequence[tuple[str, str]]) -> None:

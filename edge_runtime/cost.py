@@ -10,12 +10,12 @@ import functools
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Annotated
 
 from edge_runtime.codecs import update_bytes
-from edge_runtime.layout import sent
+from edge_runtime.layout import adapted, place_bytes, sent
 from edge_runtime.model import ModelSpec, TensorSpec
 from edge_runtime.records import Bytes, CostRow, Range, Seconds, TrainSettings
 from edge_runtime.training.optimizers import state_bytes_per_parameter
@@ -127,6 +127,10 @@ class Trained:
     largest: int  # of one tensor
     still: int = 0  # in adapters' A that stay as they are, beside the trained ones
     update: tuple[TensorSpec, ...] = ()  # what is sent
+    masked: int = 0  # of the total: entries of matrices that are trained sparsely
+    dense: int = 0  # values of the most such matrices of one block
+    largest_dense: int = 0  # of the largest of them
+    place_bytes: int = 0  # what tells where the masked entries are
 
     @property
     def num_bytes(self) -> int:
@@ -134,8 +138,8 @@ class Trained:
         return 4 * self.total
 
     def held_bytes(self, optimizer: str) -> int:
-        """With their optimizer states."""
-        return int((4 + state_bytes_per_parameter(optimizer)) * self.total) + 4 * self.still
+        """With their optimizer states, and where they are."""
+        return int((4 + state_bytes_per_parameter(optimizer)) * self.total) + 4 * self.still + self.place_bytes
 
 
 def trained(
@@ -160,13 +164,27 @@ def trained(
     total, head = sum(of_part.values()), of_part.pop(spec.num_blocks, 0)
     one_block = head + max(of_part.values(), default=0)
     still = sum(t.size for t in those("ab")) - total if adapters == "b" else 0
-    return Trained(depth, max(ranks, default=0), total, one_block, max(t.size for t in tensors), still, update)
+    found = Trained(depth, max(ranks, default=0), total, one_block, max(t.size for t in tensors), still, update)
+    return _with_mask(found, spec, settings, head) if settings.mask_every and depth else found
+
+
+def _with_mask(what: Trained, spec: ModelSpec, settings: TrainSettings, head: int) -> Trained:
+    """What is trained sparsely in the last `what.depth` blocks beside the `head` values of the head."""
+    blocks = dict.fromkeys(range(spec.num_blocks - what.depth, spec.num_blocks), 1)
+    matrices = [t for t, _ in adapted(spec, blocks, settings.lora_targets)]
+    dense = max(sum(t.size for t in matrices if t.part == part) for part in blocks)
+    largest = max((t.size for t in matrices), default=0)
+    masked, of_each = what.total - head, place_bytes(settings.mask_every)
+    return replace(what, masked=masked, dense=dense, largest_dense=largest, place_bytes=of_each * masked)
 
 
 def static_bytes(spec: ModelSpec, what: Trained, optimizer: str) -> int:
-    """Weights and optimizer state, without gradients; frozen weights count as mapped pages, all of them touched."""
-    cut = spec.num_blocks - (0 if what.rank else what.depth)
-    return sum(t.num_bytes for t in spec.tensors if t.part < cut) + what.held_bytes(optimizer)
+    """Weights and optimizer state, without gradients; frozen weights count as mapped pages, all of them touched.
+
+    Masked entries are in private copies of their matrices, which take the place of mapped pages.
+    """
+    cut = spec.num_blocks - (0 if what.rank or what.masked else what.depth)
+    return sum(t.num_bytes for t in spec.tensors if t.part < cut) + what.held_bytes(optimizer) - 4 * what.masked
 
 
 def graph_law_bytes(
@@ -175,13 +193,17 @@ def graph_law_bytes(
     """What the graph backend holds throughout a step, without what a micro-batch of `tokens` needs (that is measured).
 
     Gradients are summed over micro-batches for every trained block, or, layer by layer, for one block at a time; a further
-    micro-batch's gradients of one block stand beside them. Hidden states of the whole batch: before and after a frozen block,
+    micro-batch's gradients of one block stand beside them. With a mask the sums are of masked entries, and beside them stand one
+    block's matrices and their gradients, dense. Hidden states of the whole batch: before and after a frozen block,
     and with checkpointing each trained block's input and two gradients.
     """
     pieces, depth = -(-batch_tokens // tokens), what.depth
+    all_blocks = pieces > 1 and depth > 0 and not checkpointing
     sums = 4 * what.one_block
-    if pieces > 1:
-        sums += 4 * what.one_block if checkpointing or depth == 0 else what.num_bytes
+    if what.masked:
+        sums = (what.num_bytes if all_blocks else sums) + 2 * 4 * what.dense
+    elif pieces > 1:
+        sums += what.num_bytes if all_blocks else 4 * what.one_block
     states = min(2, 1 + spec.num_blocks - depth) * batch_tokens
     states += (depth + 1) * batch_tokens if checkpointing else 2 * tokens
     return what.held_bytes(optimizer) + sums + 4 * states * spec.hidden
@@ -234,7 +256,7 @@ def dynamic_bytes(
     prefix = LAW.prefix * (2 + wide) * unit
     saved = saved_per_token * tokens if what.rank and saved_per_token else (LAW.per_block + LAW.per_inner * wide) * unit
     working = (LAW.working + (LAW.adapted * wide if what.rank else 0)) * unit
-    gradients, depth = what.num_bytes, what.depth
+    gradients, depth = what.num_bytes + 4 * what.largest_dense, what.depth  # of masked matrices one at a time is dense
     if depth == 0:
         at_start, at_end = prefix, float(gradients)
     else:

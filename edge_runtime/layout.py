@@ -45,9 +45,19 @@ def masked_tensors(spec: ModelSpec, depth: int, settings: TrainSettings) -> list
     """The masked entries (entries,) of each matrix that `lora_targets` choose in the last `depth` blocks."""
     blocks = range(spec.num_blocks - depth, spec.num_blocks)
     return [
-        TensorSpec(t.name.removesuffix(".weight") + MASKED, (-(-t.size // settings.mask_every),), t.part)
+        TensorSpec(masked_name(t), (-(-t.size // settings.mask_every),), t.part)
         for t, _ in adapted(spec, dict.fromkeys(blocks, 1), settings.lora_targets)
     ]
+
+
+def masked_name(matrix: TensorSpec) -> str:
+    """The name of a matrix's masked entries."""
+    return matrix.name.removesuffix(".weight") + MASKED
+
+
+def place_bytes(every: int) -> int:
+    """What tells the place of a masked entry in its run of `every`."""
+    return 1 if every <= 256 else 2
 
 
 def adapter_tensors(

@@ -193,6 +193,10 @@ def plan(
     if engine.backend == "torch":
         torch_version()  # say at once that it is missing
     checkpoint = find_checkpoint(model, max_length=max_length, family=family, new_head=new_head, progress=progress)
+    if adapter and settings.mask_every:
+        raise UsageError(
+            "--mask-every trains entries of the matrices, --adapter goes on with adapters: give one of them"
+        )
     given = read_adapter(Path(adapter), checkpoint.family) if adapter else None
     if given and given.labels and not new_head:
         checkpoint = replace(checkpoint, labels=given.labels)

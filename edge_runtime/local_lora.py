@@ -1,4 +1,4 @@
-"""LoRA in a training without a fleet: what it begins from, whether it makes sense, and what comes of it.
+"""LoRA and masks in a training without a fleet: what it begins from, whether it makes sense, and what comes of it.
 
 Not the files (`peft.py`) nor the arithmetic on weights (`merging.py`). Used by `local.py` alone.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import UsageError
-from edge_runtime.layout import A, layout, linear_layers, scale, targets
+from edge_runtime.layout import A, layout, linear_layers, masked_name, scale, targets
 from edge_runtime.merging import as_start, merged
 from edge_runtime.model import ModelSpec, TensorSpec
 from edge_runtime.peft import Adapter, check_adapter
@@ -48,15 +48,19 @@ def begun(
 
 
 def check_lora(spec: ModelSpec, settings: TrainSettings, depth: int | None, given: Adapter | None) -> None:
-    """Whether adapters as asked for make sense for a model.
+    """Whether adapters or a mask as asked for make sense for a model.
 
     Raises:
         UsageError: they do not.
     """
     if depth == 0 and settings.lora_rank and given is None:
         raise UsageError("--depth 0 trains the head alone, which has no adapters: leave --lora-rank away, or go deeper")
-    if settings.lora_targets and not settings.lora_rank:
-        raise UsageError("--lora-targets chooses layers for adapters: give their --lora-rank too")
+    if depth == 0 and settings.mask_every:
+        raise UsageError("--depth 0 trains the head alone, all of it: leave --mask-every away, or go deeper")
+    if settings.lora_targets and not settings.lora_rank and not settings.mask_every:
+        raise UsageError(
+            "--lora-targets chooses layers for adapters or a mask: give their --lora-rank too, or --mask-every"
+        )
     chosen = targets(spec, settings.lora_targets)
     smallest = min((min(t.shape) for t in spec.tensors if t.name in chosen), default=0)
     if settings.lora_rank > smallest:
@@ -93,6 +97,8 @@ def results(
     from edge_runtime.training.adapters import start_of
 
     settings = plan.settings
+    if settings.mask_every:
+        return {**weights, **_unmasked(spec, plan, weights, update, scratch)}, None
 
     def began(tensor: TensorSpec) -> Any:
         own = weights.get(tensor.name)
@@ -116,3 +122,27 @@ def results(
         tensors |= {name: place for name, place in given.tensors.items() if name not in tensors}
         scales |= {stem: own for stem, own in given.scales.items() if stem not in scales}
     return changed, Adapter(tensors, scales, head, spec.labels, spec.max_length)
+
+
+def _unmasked(spec: ModelSpec, plan: Plan, weights: Places, update: Path, scratch: Path) -> Places:
+    """What a sparse training made of its tensors, whole: files below `scratch`, one tensor in memory at a time."""
+    from edge_runtime.masks import indices
+
+    settings = plan.settings
+    matrices = {masked_name(t): t for t in spec.tensors if t.name in targets(spec, settings.lora_targets)}
+
+    def places(matrix: TensorSpec) -> Any:
+        return indices(settings.mask_seed, matrix.name, matrix.size, settings.mask_every)
+
+    def began(tensor: TensorSpec) -> Any:
+        matrix = matrices.get(tensor.name)
+        return weights[matrix.name].array().reshape(-1)[places(matrix)] if matrix else weights[tensor.name].array()
+
+    found = dict(add_update(layout(spec, plan), began, update, scratch))
+    for name in matrices.keys() & found.keys():
+        matrix, path = matrices[name], scratch / f"{matrices[name].name}.whole"
+        whole = weights[matrix.name].array()
+        whole.reshape(-1)[places(matrix)] = found.pop(name).array()
+        whole.astype("<f4", copy=False).tofile(path)
+        found[matrix.name] = MappedTensor(str(path), 0, matrix.shape)
+    return found

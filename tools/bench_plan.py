@@ -37,6 +37,7 @@ CONFIGURATIONS, QUICK = 60, 8
 STEPS = 8
 RANDOM_SHAPES = {"random d=128": (128, 2, 4), "random d=768": (768, 12, 3)}  # width, heads, blocks
 LIMIT = 1.05  # of the promise, in bytes
+MASKS = (0, 0, 1, 10, 100)  # where there are no adapters: of so many entries of a matrix one is trained; 0: all
 COLUMNS = {
     "name": "configuration",
     "promised_peak_bytes": "promised",
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(args: argparse.Namespace) -> int:
     """Measure all configurations and print them."""
     choose, machine = random.Random(args.seed), bench.machine()
+    masks = random.Random(f"{args.seed}/mask")  # of its own, so that the other draws are those of benches without masks
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="edge-bench-plan.") as folder:
         scratch = Path(folder)
@@ -73,6 +75,7 @@ def measure(args: argparse.Namespace) -> int:
             if len(rows) == count:
                 break
             row = configuration(choose, sorted(models), lora=args.lora)
+            row["mask_every"] = 0 if row["lora_rank"] else masks.choice(MASKS)
             try:
                 rows.append(row | run_row(row, models[row["model"]], texts, scratch, args.threads, choose))
             except EdgeError as error:
@@ -130,7 +133,10 @@ def run_row(
         batch_size=row["batch_size"],
         optimizer=row["optimizer"],
         lora_rank=row["lora_rank"],
-        lora_targets=tuple(name for name in row["lora_targets"].split(",") if name and row["lora_rank"]),
+        lora_targets=tuple(
+            name for name in row["lora_targets"].split(",") if name and (row["lora_rank"] or row["mask_every"])
+        ),
+        mask_every=row["mask_every"],
         seed=1,
     )
     data = scratch / "data.jsonl"
@@ -175,7 +181,7 @@ def run_row(
         "checkpointing": chosen.checkpointing,
         "name": f"{row['model']} {row['backend']} depth {depth} micro {chosen.micro_batch}"
         + (" checkpointed" if chosen.checkpointing else "")
-        + (described(row, ranks) if chosen.rank else "")
+        + (described(row, ranks) if chosen.rank else masked(row) if depth and row["mask_every"] else "")
         + (f" {row['precision']}" if row["precision"] != "float32" else "")
         + (" cached" if row["cached"] else "")
         + f" {row['optimizer']} {row['batch_size']} x {row['max_length']}",
@@ -196,6 +202,11 @@ def described(row: dict[str, Any], ranks: tuple[int, ...]) -> str:
     """The adapters of a row."""
     shown = f" rank {'-'.join(map(str, ranks or (row['lora_rank'],)))}"
     return shown + (f" {row['lora_targets']}" if row["lora_targets"] else "") + (" B" if row["adapters"] == "b" else "")
+
+
+def masked(row: dict[str, Any]) -> str:
+    """The mask of a row."""
+    return f" one in {row['mask_every']}" + (f" {row['lora_targets']}" if row["lora_targets"] else "")
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from edge_runtime.records import Plan
 from edge_runtime.training.adapters import LoraAdapters, deltas, pull_back
 from edge_runtime.training.corpus import Batch
 from edge_runtime.training.graph_adapters import GraphAdapters
+from edge_runtime.training.masked import GraphMasks, masked_matrices
 from edge_runtime.training.optimizers import Optimizer
 from edge_runtime.training.pages import GradientSums, Pool, page_copy
 from edge_runtime.weights import MappedTensor, release_pages
@@ -59,7 +60,7 @@ class Piece:
 
 
 class GraphBackend:
-    """Trains the last blocks, or adapters in them, and the head, in float32 on the CPU."""
+    """Trains the last blocks, or adapters or masked entries in them, and the head, in float32 on the CPU."""
 
     name = "onnx"
 
@@ -85,10 +86,14 @@ class GraphBackend:
         }
         self._head = [t.name for t in spec.suffix(0)]
         self._lora: GraphAdapters | None = None
+        self._masks: GraphMasks | None = None
         if plan.chosen.rank and plan.chosen.depth:
             self._lora = GraphAdapters(spec, LoraAdapters(spec, plan, start), ranks_of(spec, plan))
             self._trained: dict[str, Array] = {n: self._lora.tensors[n] for n in self._lora.trained}
             self._trained |= {n: page_copy(weights[n].array()) for n in self._head}
+        elif plan.settings.mask_every:
+            self._masks = GraphMasks(spec, masked_matrices(spec, weights, plan))
+            self._trained = {**self._masks.values, **{n: page_copy(weights[n].array()) for n in self._head}}
         else:
             self._trained = {t.name: page_copy(weights[t.name].array()) for t in spec.suffix(plan.chosen.depth)}
         self._int8: QuantizedTensors | None = None
@@ -133,6 +138,8 @@ class GraphBackend:
         """A trained tensor minus its start, flat, a piece at a time."""
         if self._lora and name in self._lora.tensors:
             return self._lora.adapters.changes(name)
+        if self._masks and name in self._masks.matrices:
+            return self._masks.matrices[name].changes(self._trained[name])
         return self._weights[name].differences(self._trained[name])
 
     def arrays(self) -> Iterator[Array]:
@@ -285,18 +292,28 @@ class GraphBackend:
         """Add the block's gradients to the sums; -> the gradient of its input (empty for the first trained block)."""
         graph = self._graph(part, FIRST_BACKWARD if part == self._cut else BACKWARD)
         full = self._trained_names(part)
+        masks = self._masks.matrices if self._masks else {}
         wanted = {"d_hidden", *(GRADIENT + relative for relative in full)}
+        if part == self._cut and not full:  # nothing of it is trained
+            return _NOTHING
 
         def place(name: str, shape: tuple[int, ...], kind: str) -> Array:
             if name == "d_hidden":
                 return self._pool.take(("gradient", number, part % 2), shape, kind)
-            return self._sums.place(full[name.removeprefix(GRADIENT)], shape)
+            relative = name.removeprefix(GRADIENT)
+            if full[relative] in masks:  # dense, until its entries are taken out of it
+                return self._pool.take(("dense", relative), shape)
+            return self._sums.place(full[relative], shape)
 
         with self._tensors(part) as tensors:
             found = self._graphs[graph].run_into({**kept, "d_out": gradient, **tensors}, place, wanted)
         before = found.pop("d_hidden", _NOTHING)
         for output, value in found.items():
-            self._sums.add(full[output.removeprefix(GRADIENT)], value)
+            name = full[output.removeprefix(GRADIENT)]
+            if name in masks:
+                self._sums.add_pieces(name, masks[name].shape, masks[name].gather(value))
+            else:
+                self._sums.add(name, value)
         return before
 
     def _head_backward(self, piece: Piece, hidden: Array, scale: float, number: int = 0) -> tuple[float, Array]:
@@ -330,7 +347,9 @@ class GraphBackend:
 
     def _trained_names(self, part: int) -> Mapping[str, str]:
         """What is trained in a block: its name in the graphs -> its full name."""
-        return self._lora.trained_names(part) if self._lora else self._names[part]
+        if self._lora:
+            return self._lora.trained_names(part)
+        return self._masks.trained_names(part) if self._masks else self._names[part]
 
     # tensors and graphs
 
@@ -338,8 +357,10 @@ class GraphBackend:
     def _tensors(self, part: int) -> Iterator[dict[str, Array]]:
         """A block's tensors by their names in the graphs; frozen ones from the file, their pages let go afterwards."""
         mapped: list[Array] = []
-        feeds: dict[str, Array] = {}
+        feeds = self._masks.feeds(part) if self._masks and part >= self._cut else {}
         for relative, name in self._names[part].items():
+            if relative in feeds:
+                continue
             array = self._trained.get(name)
             if array is None:
                 array = self._weights[name].array()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -78,6 +79,18 @@ class GradientSums:
         if gradient is not total:
             total += gradient
             self._given[gradient.shape] -= 1
+
+    def add_pieces(self, name: str, shape: tuple[int, ...], pieces: Iterable[Array]) -> None:
+        """Count in a gradient that comes flat, a piece at a time; no scratch memory is needed."""
+        first, start = name not in self._sums, 0
+        total = (self.place(name, shape) if first else self._sums[name]).reshape(-1)
+        for piece in pieces:
+            part = total[start : start + piece.size]
+            if first:
+                part[...] = piece
+            else:
+                part += piece
+            start += piece.size
 
     def names(self) -> list[str]:
         """The tensors that have a sum now, in the order of their first gradient."""

@@ -7,7 +7,9 @@ the device that imports torch; nothing imports it but the worker process.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +19,9 @@ from edge_runtime.model import ModelSpec, load_family
 from edge_runtime.records import Plan
 from edge_runtime.training.adapters import LoraAdapters, deltas, pull_back
 from edge_runtime.training.corpus import Batch
+from edge_runtime.training.masked import filled, masked_matrices
 from edge_runtime.training.optimizers import Optimizer
+from edge_runtime.training.pages import GradientSums, page_zeros
 from edge_runtime.training.torch_adapters import adapt
 from edge_runtime.weights import MappedTensor
 
@@ -28,10 +32,11 @@ if TYPE_CHECKING:
 
 
 class TorchBackend:
-    """Trains the last blocks, or adapters in them, and the head of a model in float32 on the CPU.
+    """Trains the last blocks, or adapters or masked entries in them, and the head of a model in float32 on the CPU.
 
     Memory: 4 bytes per trained weight for itself, 4 for its gradient, 8 more with AdamW; the activations of one
-    micro-batch; the prefix only as the file pages that it touches.
+    micro-batch; the prefix only as the file pages that it touches. With a mask the last two are for masked entries alone,
+    the matrices that they are of are private copies, and one dense gradient lives at a time.
     """
 
     name = "torch"
@@ -49,15 +54,21 @@ class TorchBackend:
         torch.manual_seed(plan.settings.seed)
         self._spec, self._depth, self._plan = spec, plan.chosen.depth, plan
         self._lora = LoraAdapters(spec, plan, start) if plan.chosen.rank and self._depth else None
-        self._base = {t.name: weights[t.name] for t in spec.suffix(0 if self._lora else self._depth)}
+        self._masked, self._sums = masked_matrices(spec, weights, plan), GradientSums()
+        whole = not self._lora and not self._masked
+        self._base = {t.name: weights[t.name] for t in spec.suffix(self._depth if whole else 0)}
         tensors = {t.name: torch.from_numpy(weights[t.name].array()) for t in spec.tensors}
-        for name in self._base:
+        for name in (*self._base, *(matrix.tensor.name for matrix in self._masked.values())):
             tensors[name] = tensors[name].clone()
         self._model = load_family(spec.family).build(spec, tensors)
         for name, parameter in self._model.named_parameters():  # type: ignore[attr-defined]
             parameter.requires_grad_(name in self._base)
         named = dict(self._model.named_parameters())  # type: ignore[attr-defined]
         self._trained = adapt(self._model, self._lora) if self._lora else {}
+        for name, matrix in self._masked.items():
+            self._trained[name] = named[matrix.tensor.name].requires_grad_()
+            collect = partial(self._collect, name)
+            self._trained[name].register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
         self._trained |= {name: named[name] for name in self._base}
         head = {t.name for t in spec.suffix(0)}
         self.optimizer = Optimizer(plan.settings, head, self._lora.trained if self._lora else ())
@@ -68,13 +79,17 @@ class TorchBackend:
             total += self._accumulate(part, len(batch.labels))
         self.optimizer.begin_step()
         mu = self._plan.settings.proximal_mu
+        collected = self._sums.names()
         for name, parameter in self._trained.items():
-            if parameter.grad is not None:
+            if name in collected:
+                self._update_masked(name)
+            elif parameter.grad is not None:
                 gradient = parameter.grad.contiguous().numpy()
                 if mu:
                     pull_back(gradient, self._changes(name), mu)
                 self.optimizer.update(name, parameter.detach().numpy(), gradient)
                 parameter.grad = None
+        self._sums = GradientSums()  # its memory is the next step's activations'
         return total
 
     def correct(self, batch: Batch) -> Array:
@@ -94,12 +109,35 @@ class TorchBackend:
         """A trained tensor minus its start, flat, a piece at a time."""
         if self._lora and name in self._lora.tensors:
             return self._lora.changes(name)
+        if name in self._masked:
+            return self._masked[name].changes(self._masked_values(name))
         return self._base[name].differences(self._trained[name].detach().numpy())
 
     def arrays(self) -> Iterator[Array]:
         for name, parameter in self._trained.items():
             yield parameter.detach().numpy()
-            yield from self.optimizer.states(name, parameter.numel())
+            size = math.prod(self._masked[name].shape) if name in self._masked else parameter.numel()
+            yield from self.optimizer.states(name, size)
+
+    # masked entries
+
+    def _collect(self, name: str, matrix: Any) -> None:
+        """Add the masked entries of a matrix's gradient to their sum, and let go of the gradient, as soon as it is there."""
+        mask = self._masked[name]
+        self._sums.add_pieces(name, mask.shape, mask.gather(matrix.grad.numpy()))
+        matrix.grad = None
+
+    def _update_masked(self, name: str) -> None:
+        mask, gradient, values = self._masked[name], self._sums.take(name), self._masked_values(name)
+        if mu := self._plan.settings.proximal_mu:
+            pull_back(gradient, mask.changes(values), mu)
+        self.optimizer.update(name, values, gradient)
+        mask.scatter(values, self._trained[name].detach().numpy())
+
+    def _masked_values(self, name: str) -> Array:
+        """The masked entries of a matrix as they are now, (1, entries)."""
+        mask = self._masked[name]
+        return filled(page_zeros(mask.shape), mask.gather(self._trained[name].detach().numpy()))
 
     # What the probe times: one block on a batch.
 
@@ -173,6 +211,8 @@ class TorchBackend:
         for i in reversed(range(len(blocks))):
             hidden = inputs.pop().requires_grad_(i > 0)
             # The product with the gradient, and not backward(gradient), which imports sympy: 33 MB.
-            (blocks[i](hidden, bias) * gradient).sum().backward()
+            out = blocks[i](hidden, bias)
+            if out.requires_grad:  # not where nothing of the first block is trained
+                (out * gradient).sum().backward()
             gradient = hidden.grad
         return float(loss.detach())

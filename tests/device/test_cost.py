@@ -20,6 +20,7 @@ from edge_runtime.cost import (
     Trained,
     cost,
     dynamic_bytes,
+    graph_law_bytes,
     law_bytes,
     micro_batches,
     padded_tokens,
@@ -226,6 +227,43 @@ def test_adapters_are_priced_by_what_is_really_trained() -> None:
     assert (
         static_bytes(spec, trained(spec, 2, LORA), "sgd") == sum(t.num_bytes for t in spec.tensors) + 4 * 16 * matrices
     )
+
+
+MASKED = TrainSettings(mask_every=10)
+
+
+def test_masked_entries_are_priced_by_their_number_their_places_and_one_dense_block() -> None:
+    spec = bert.describe(BERT, ("a", "b"), 60)
+    head, matrix, wide = 2 * 128 + 2, 128 * 128, 128 * 512
+    dense, entries = 4 * matrix + 2 * wide, 4 * math.ceil(matrix / 10) + 2 * math.ceil(wide / 10)
+    what = trained(spec, 2, MASKED)
+    assert (what.total, what.masked, what.one_block) == (head + 2 * entries, 2 * entries, head + entries)
+    assert (what.dense, what.largest_dense) == (dense, wide)
+    frozen, batch = sum(t.num_bytes for t in spec.tensors), 4 * (2 * 64 + 2 * 64) * 128
+    held = 12 * (head + 2 * entries) + 2 * entries  # a byte tells where an entry is
+    assert static_bytes(spec, what, "adamw") == frozen + held - 4 * (head + 2 * entries)  # in matrices that are copies
+    one = graph_law_bytes(spec, what, False, 64, 64, "adamw")
+    assert one == held + 4 * (head + entries) + 2 * 4 * dense + batch
+    far = trained(spec, 2, TrainSettings(mask_every=300))
+    assert far.held_bytes("sgd") == 4 * far.total + 2 * far.masked
+    assert trained(spec, 0, MASKED) == trained(spec, 0, SETTINGS)
+    some = trained(spec, 2, dataclasses.replace(MASKED, lora_targets=("q",)))
+    assert (some.dense, some.largest_dense, some.total) == (matrix, matrix, head + 2 * math.ceil(matrix / 10))
+
+
+@quickly(40)
+@given(depth=st.integers(2, 3), tokens=TOKENS, pieces=PIECES, checkpointing=st.booleans(), every=st.integers(10, 1000))
+def test_a_mask_of_two_blocks_or_more_never_needs_more_memory_than_whole_blocks(
+    depth: int, tokens: int, pieces: int, checkpointing: bool, every: int
+) -> None:
+    spec = bert.describe(BERT, ("a", "b"), 60)
+    settings = TrainSettings(mask_every=every)
+    sparse, whole = trained(spec, depth, settings), trained(spec, depth, SETTINGS)
+    for law in (
+        lambda what: law_bytes(spec, what, checkpointing, tokens, pieces, "adamw"),
+        lambda what: graph_law_bytes(spec, what, checkpointing, tokens, pieces * tokens, "adamw"),
+    ):
+        assert law(sparse) < law(whole)
 
 
 def test_lower_ranks_fewer_layers_and_b_alone_never_cost_more_than_the_row_they_come_from() -> None:
