@@ -16,13 +16,16 @@ from typing import Annotated
 
 from edge_runtime.codecs import update_bytes
 from edge_runtime.layout import adapted, place_bytes, sent
-from edge_runtime.model import ModelSpec, TensorSpec
+from edge_runtime.model import EMBED, ModelSpec, TensorSpec
 from edge_runtime.records import Bytes, CostRow, Range, Seconds, TrainSettings
 from edge_runtime.training.optimizers import state_bytes_per_parameter
 
-MARGIN = 1.03  # the promise stands this much above the law, so that a device keeps it,
-HEAP_BYTES = 12 << 20  # and this: holes in the heap, which come and go with the lengths of the texts
+MARGIN = 1.02  # the promise stands this much above the law, so that a device keeps it,
+HEAP_BYTES = 10 << 20  # and this: holes in the heap, which come and go with the lengths of the texts
 PIECES_BYTES = 8 << 20  # more of them where a batch is cut into pieces of different sizes
+TABLE_BYTES = (
+    4 << 20
+)  # a frozen table of the embedding from here on is not mapped: its rows are read as texts need them
 ROUND_BYTES = 1 << 20
 QUANTILES = 128
 BUCKETS = 16  # batches whose examples are sorted by length together
@@ -179,12 +182,18 @@ def _with_mask(what: Trained, spec: ModelSpec, settings: TrainSettings, head: in
 
 
 def static_bytes(spec: ModelSpec, what: Trained, optimizer: str) -> int:
-    """Weights and optimizer state, without gradients; frozen weights count as mapped pages, all of them touched.
+    """Weights and optimizer state, without gradients; frozen weights count as mapped pages, all of them touched, but for tables.
 
     Masked entries are in private copies of their matrices, which take the place of mapped pages.
     """
     cut = spec.num_blocks - (0 if what.rank or what.masked else what.depth)
-    return sum(t.num_bytes for t in spec.tensors if t.part < cut) + what.held_bytes(optimizer) - 4 * what.masked
+    mapped = sum(t.num_bytes for t in spec.tensors if t.part < cut and not is_table(t))
+    return mapped + what.held_bytes(optimizer) - 4 * what.masked
+
+
+def is_table(tensor: TensorSpec) -> bool:
+    """Whether it is a table, such as a vocabulary, whose rows are read from the file where texts need them."""
+    return tensor.part == EMBED and len(tensor.shape) == 2 and tensor.num_bytes >= TABLE_BYTES
 
 
 def graph_law_bytes(

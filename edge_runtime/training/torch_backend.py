@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from edge_runtime.cost import is_table
 from edge_runtime.model import ModelSpec, load_family
 from edge_runtime.records import Plan
 from edge_runtime.training.adapters import LoraAdapters, deltas, pull_back
@@ -61,6 +62,7 @@ class TorchBackend:
         for name in (*self._base, *(matrix.tensor.name for matrix in self._masked.values())):
             tensors[name] = tensors[name].clone()
         self._model = load_family(spec.family).build(spec, tensors)
+        self._tables = read_by_row(self._model, {t.name: weights[t.name] for t in spec.tensors if is_table(t)})
         for name, parameter in self._model.named_parameters():  # type: ignore[attr-defined]
             parameter.requires_grad_(name in self._base)
         named = dict(self._model.named_parameters())  # type: ignore[attr-defined]
@@ -172,10 +174,11 @@ class TorchBackend:
         return sum(size for place, size in kept.items() if place not in weights)
 
     def touch(self) -> None:
-        """Read every weight once, so that its mapped pages are resident as in a long run."""
+        """Read every weight that a step reads once, so that its mapped pages are resident as in a long run."""
         with torch.no_grad():
-            for parameter in self._model.parameters():  # type: ignore[attr-defined]
-                parameter.view(-1)[::1024].sum()  # a page holds 1024 of them
+            for name, parameter in self._model.named_parameters():  # type: ignore[attr-defined]
+                if name not in self._tables:
+                    parameter.view(-1)[::1024].sum()  # a page holds 1024 of them
 
     def _accumulate(self, part: Batch, batch_size: int) -> float:
         """Forward and backward of one micro-batch; adds to the gradients. -> its share of the batch's mean loss."""
@@ -216,3 +219,22 @@ class TorchBackend:
                 (out * gradient).sum().backward()
             gradient = hidden.grad
         return float(loss.detach())
+
+
+def read_by_row(model: Any, tables: Mapping[str, MappedTensor]) -> list[str]:
+    """Have a model's tables read from their files, the rows of the tokens at hand; -> the names of those that are.
+
+    As mapped pages a vocabulary would become resident bit by bit: 45 MiB of MiniLM's.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and (table := tables.get(f"{name}.weight")):
+            module.forward = partial(_rows, table)  # type: ignore[method-assign]
+            found.append(f"{name}.weight")
+    return found
+
+
+def _rows(table: MappedTensor, ids: Any) -> Any:
+    """ids (any shape) -> their rows (any shape, columns)."""
+    numbers, places = torch.unique(ids, return_inverse=True)
+    return F.embedding(places, torch.from_numpy(table.rows(numbers.tolist())))
