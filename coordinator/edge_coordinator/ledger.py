@@ -262,6 +262,14 @@ class Ledger:
         rows = self.models()
         return rows[-1] if rows else None
 
+    def run_start(self) -> int | None:
+        """The version that the newest version's run began with; None if it has no round, or other runs made versions since."""
+        rows = self.models()
+        run = rows[-1].run if rows else ""
+        found = self._rows("SELECT base_version FROM rounds WHERE run = ? AND round = 1", (run,))
+        start: int | None = found[0]["base_version"] if found else None
+        return start if start and all(row.run == run for row in rows if row.version > start) else None
+
     # the server optimizer
 
     def optimizer_states(self, run: str, version: int, optimizer: str) -> dict[str, bytes]:
