@@ -86,8 +86,8 @@ def line_of(run: str, manifest: Manifest, settings: TrainSettings) -> str:
     shape = [(t.name, t.shape, t.part) for t in (*manifest.tensors, *manifest.adapters)]
     frozen = [t.blob for t in manifest.tensors if t.part == EMBED]
     parts = [run, manifest.family, manifest.config_json, manifest.labels, shape, manifest.tokenizer, frozen]
-    parts += [settings.mask_every, settings.mask_seed] if settings.mask_every else []
-    return hashlib.sha256(pack(parts)).hexdigest()
+    mask = [settings.mask_every, settings.mask_seed] if settings.mask_every else []
+    return hashlib.sha256(pack([*parts, *mask])).hexdigest()
 
 
 @dataclass(frozen=True)
