@@ -182,7 +182,7 @@ class Run:
         rows = self.ledger.models()
         start = self.ledger.run_start() if self.method.prime and rows[-1].run == self.name else None
         for row in rows:
-            if row.version == start and self.method.prime:
+            if self.method.prime and row.version == start and self.models.store.has(row.manifest):
                 return Primer(self.models.manifest(row), self.method.prime)
         return None
 
