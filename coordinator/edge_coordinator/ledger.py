@@ -264,11 +264,12 @@ class Ledger:
 
     def run_start(self) -> int | None:
         """The version that the newest version's run began with; None if it has no round, or other runs made versions since."""
-        rows = self.models()
-        run = rows[-1].run if rows else ""
-        found = self._rows("SELECT base_version FROM rounds WHERE run = ? AND round = 1", (run,))
-        start: int | None = found[0]["base_version"] if found else None
-        return start if start and all(row.run == run for row in rows if row.version > start) else None
+        query = (
+            "SELECT base_version FROM rounds WHERE round = 1 AND run = (SELECT run FROM models ORDER BY version DESC LIMIT 1)"
+            " AND NOT EXISTS (SELECT 1 FROM models WHERE version > rounds.base_version AND models.run != rounds.run)"
+        )
+        rows = self._rows(query)
+        return rows[0]["base_version"] if rows else None
 
     # the server optimizer
 
