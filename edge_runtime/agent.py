@@ -309,7 +309,8 @@ class Agent:
         job |= {"update": str(self.outbox.draft.absolute()), "round": f"{grant.run}/{grant.round}"}
         if CODECS[plan.chosen.codec].sparse:
             kept, draft = self.outbox.residual.kept, self.outbox.residual.draft
-            job["residual"] = feedback_job(kept, draft, grant.run, grant.round, self.keeper.manifest)
+            which = (grant.run, grant.round, self.keeper.manifest, plan.settings)
+            job["residual"] = feedback_job(kept, draft, *which)
         worker = Worker(job, limit_bytes=limit_bytes, threads=self.session.threads, nice=NICENESS)
         self._training = Training(grant, plan, worker, attempt, limit_bytes)
         chosen = plan.chosen

@@ -8,7 +8,7 @@ top-k of delta + residual, and the residual becomes delta + residual - sent. Thr
     next    what the update that is offered makes of it: `kept` from its commit on
 
 So an update that is trained anew begins from the same `kept`, and one that is not committed changes nothing. Dropped where the
-model is of another line: another run, base model or shape. The file: a line of JSON, then float32 tensors one after the other.
+model is of another line: another run, base model or shape, that of adapters too, or mask. The file: a line of JSON, then float32 tensors one after the other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 from edge_runtime.errors import WireError
 from edge_runtime.manifest import Manifest
 from edge_runtime.model import EMBED
-from edge_runtime.records import Count, Range
+from edge_runtime.records import Count, Range, TrainSettings
 from edge_runtime.store import atomic_writer, disk_errors, sync_folder
 from edge_runtime.wire import from_plain, pack, to_plain
 
@@ -73,18 +73,21 @@ class Residual:
                 path.unlink(missing_ok=True)
 
 
-def feedback_job(kept: Path, draft: Path, run: str, round_: int, manifest: Manifest) -> dict[str, Any]:
-    """What a training process is told of error feedback: its job's "residual"."""
+def feedback_job(
+    kept: Path, draft: Path, run: str, round_: int, manifest: Manifest, settings: TrainSettings
+) -> dict[str, Any]:
+    """What a training process is told of error feedback: its job's "residual". Args: settings: of the round."""
     places = {"kept": str(kept.absolute()), "draft": str(draft.absolute())}
-    return {**places, "line": line_of(run, manifest), "round": round_}
+    return {**places, "line": line_of(run, manifest, settings), "round": round_}
 
 
-def line_of(run: str, manifest: Manifest) -> str:
-    """What the versions of one run from one base model have in common, and no others: a hash, as hex."""
-    shape = [(t.name, t.shape, t.part) for t in manifest.tensors]
+def line_of(run: str, manifest: Manifest, settings: TrainSettings) -> str:
+    """What the versions of one run from one base model with one mask have in common, and no others: a hash, as hex."""
+    shape = [(t.name, t.shape, t.part) for t in (*manifest.tensors, *manifest.adapters)]
     frozen = [t.blob for t in manifest.tensors if t.part == EMBED]
     parts = [run, manifest.family, manifest.config_json, manifest.labels, shape, manifest.tokenizer, frozen]
-    return hashlib.sha256(pack(parts)).hexdigest()
+    mask = [settings.mask_every, settings.mask_seed] if settings.mask_every else []
+    return hashlib.sha256(pack([*parts, *mask])).hexdigest()
 
 
 @dataclass(frozen=True)

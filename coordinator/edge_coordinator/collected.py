@@ -16,7 +16,8 @@ from edge_coordinator.aggregate import Partial, Update, mean_changes
 from edge_coordinator.methods.method import Change
 from edge_runtime.encoding import read_update
 from edge_runtime.errors import StoreError, WireError
-from edge_runtime.layout import A, B
+from edge_runtime.layout import MASKED, A, B
+from edge_runtime.masks import indices
 from edge_runtime.model import TensorSpec
 from edge_runtime.records import TrainSettings
 from edge_runtime.weights import MappedTensor
@@ -32,22 +33,32 @@ class CollectedRound:
 
     Attributes:
         number: of the round.
-        settings: the run's.
+        settings: those of the round's plans, with the run's seed.
         adapted: the matrices that have an adapter, in the model's order.
     """
 
     def __init__(
-        self, number: int, settings: TrainSettings, trainable: Sequence[TensorSpec], partial: Partial, adapters: Mapping[str, MappedTensor],
-        updates: Sequence[RawUpdate],
+        self, number: int, settings: TrainSettings, tensors: Sequence[TensorSpec], summed: Sequence[TensorSpec], partial: Partial,
+        adapters: Mapping[str, MappedTensor], updates: Sequence[RawUpdate],
     ) -> None:  # fmt: skip
-        """Args: partial: sums over tensors of `trainable`; adapters: the published A and B; updates: by device, in order."""
+        """Args: tensors: the model's; partial: sums over `summed`; adapters: the published A and B; updates: by device, in order."""
         self.number, self.settings = number, settings
-        self.adapted = [t for t in trainable if t.name.removesuffix(".weight") + A in adapters]
-        self._trainable, self._partial, self._adapters, self._updates = trainable, partial, adapters, updates
+        self.adapted = [t for t in tensors if t.name.removesuffix(".weight") + A in adapters]
+        self._sizes = {t.name: t.size for t in tensors}
+        self._summed, self._partial, self._adapters, self._updates = summed, partial, adapters, updates
 
     def means(self) -> Iterator[Change]:
-        """The mean delta of each tensor that was summed up."""
-        return mean_changes(self._trainable, self._partial)
+        """The mean delta of each tensor that was summed up; of masked entries as their matrix, zero elsewhere."""
+        for change in mean_changes(self._summed, self._partial):
+            yield self._scattered(change) if change.name.endswith(MASKED) else change
+
+    def _scattered(self, change: Change) -> Change:
+        import numpy as np
+
+        name = change.name.removesuffix(MASKED) + ".weight"
+        values = np.zeros(self._sizes[name])
+        values[indices(self.settings.mask_seed, name, values.size, self.settings.mask_every)] = change.values
+        return Change(name, values)
 
     def adapter(self, matrix: TensorSpec) -> tuple[Array, Array]:
         """The published A and B, float64."""

@@ -63,11 +63,14 @@ class RunSection:
     rank_budget: int = 0
     suffix_depths: str = "even"
     waiting_share: float = 0.1
+    sparse_rounds: int = 0  # of the method slora, as the one below
+    sparse_density: float = 0.1
 
     @property
     def method_options(self) -> Options:
         """What the methods that have a choice are told."""
-        return Options(self.rank_distribution, self.rank_budget, self.suffix_depths, self.waiting_share)
+        legend = (self.rank_distribution, self.rank_budget, self.suffix_depths, self.waiting_share)
+        return Options(*legend, self.sparse_rounds, self.sparse_density, self.rounds)
 
     @property
     def server_settings(self) -> ServerSettings:
@@ -213,6 +216,10 @@ def _check_options(run: RunSection, path: Path) -> None:
         raise UsageError(f"{path}: [run] rank_budget must be 0 to 1000000, it is {run.rank_budget}")
     if not 0 <= run.waiting_share <= 1:
         raise UsageError(f"{path}: [run] waiting_share must be from 0 to 1, it is {run.waiting_share}")
+    if not 0 <= run.sparse_rounds <= run.rounds:
+        raise UsageError(f"{path}: [run] sparse_rounds must be 0 to rounds, {run.rounds}, it is {run.sparse_rounds}")
+    if not 1e-4 <= run.sparse_density <= 1:
+        raise UsageError(f"{path}: [run] sparse_density must be from 0.0001 to 1, it is {run.sparse_density}")
 
 
 def _check_server(run: RunSection, path: Path) -> None:
@@ -234,9 +241,10 @@ def _adapters(config: FleetConfig, path: Path) -> TrainSettings:
     """The settings with a rank where the method trains adapters.
 
     Raises:
-        UsageError: a rank for a method that trains none, or a codec that does not suit the method.
+        UsageError: a rank for a method that trains none, a mask for one that trains adapters, or a codec that does not
+            suit the method.
     """
-    from edge_coordinator.methods import DEFAULT_RANK, METHODS
+    from edge_coordinator.methods import METHODS
 
     name, train = config.run.method, config.train
     method = METHODS[name]
@@ -247,13 +255,18 @@ def _adapters(config: FleetConfig, path: Path) -> TrainSettings:
                 f"{path}: [train] lora_rank must be 0 with the method {name}: adapters are trained by {known}"
             )
         return train
+    if train.mask_every:
+        raise UsageError(
+            f"{path}: [train] mask_every must be 0 with the method {name}, which trains adapters; the rounds of slora without "
+            "them have [run] sparse_density"
+        )
     if method.remakes_adapters and (train.codec == AUTO or CODECS[train.codec].sparse):
         dense = ", ".join(n for n, codec in CODECS.items() if not codec.sparse)
         raise UsageError(
             f"{path}: [train] codec must be one of {dense} with the method {name}, it is {train.codec!r}: what an update "
             "leaves out would be added to adapters that are made anew each round"
         )
-    return dataclasses.replace(train, lora_rank=train.lora_rank or DEFAULT_RANK)
+    return dataclasses.replace(train, lora_rank=train.lora_rank or method.rank)
 
 
 TEMPLATE = """\
@@ -287,6 +300,8 @@ rank_distribution = "arithmetic"  # of legend: arithmetic, uniform, halving or d
 rank_budget = 0               # of legend, the sum of all blocks' ranks; 0: of the arithmetic one up to lora_rank
 suffix_depths = "even"        # of legend: depths that make devices end together; or "deepest", what fits each
 waiting_share = 0.1           # of legend: how much of a round's time devices may wait on average
+sparse_rounds = 0             # of slora: rounds of sparse training before those with adapters; 0: a third of all
+sparse_density = 0.1          # of slora: the share of the entries of each matrix that they train; 1.0: all
 
 [train]                       # the same for every device
 epochs = 1                    # local epochs a round
@@ -295,12 +310,14 @@ learning_rate = {learning_rate}
 head_learning_rate = {head_learning_rate}
 weight_decay = 0.01
 optimizer = "adamw"           # adamw8bit, momentum and sgd need less memory
-lora_rank = 0                 # of the methods with LoRA adapters, the largest; 0 is 8 with them
-lora_alpha = 16.0             # adapters count lora_alpha / lora_rank times
-lora_targets = []             # layers that have adapters, such as "q", "v"; none named: all
+lora_rank = 0                 # of the methods with LoRA adapters, the largest; 0 is 8 with them, 10 with slora
+lora_alpha = 16.0             # adapters count lora_alpha / lora_rank times; with slora once, whatever stands here
+lora_targets = []             # layers that have adapters or masks, such as "q", "v"; none named: all
 adapter_learning_rate = 0.002
 proximal_mu = 0.0             # above 0: FedProx, which holds local weights near those of the round's start
 codec = "f32"                 # of updates: f32, f16, int8, int4, topk10, topk1; "auto": the finest within a device's --upload
+mask_every = 0                # above 0: of so many entries of each matrix one is trained; only without adapters
+mask_seed = 0                 # draws them; of slora's the seed below does
 seed = {seed}
 
 [broker]

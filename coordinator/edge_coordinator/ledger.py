@@ -262,6 +262,15 @@ class Ledger:
         rows = self.models()
         return rows[-1] if rows else None
 
+    def run_start(self) -> int | None:
+        """The version that the newest version's run began with; None if it has no round, or other runs made versions since."""
+        query = (
+            "SELECT base_version FROM rounds WHERE round = 1 AND run = (SELECT run FROM models ORDER BY version DESC LIMIT 1)"
+            " AND NOT EXISTS (SELECT 1 FROM models WHERE version > rounds.base_version AND models.run != rounds.run)"
+        )
+        rows = self._rows(query)
+        return rows[0]["base_version"] if rows else None
+
     # the server optimizer
 
     def optimizer_states(self, run: str, version: int, optimizer: str) -> dict[str, bytes]:

@@ -11,23 +11,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_coordinator.aggregate import Partial, Update, apply, finite, fold
+from edge_coordinator.aggregate import Partial, Update, apply, fold
 from edge_coordinator.collected import CollectedRound, unpack
 from edge_coordinator.config import ModelSection
 from edge_coordinator.ledger import Contribution, Ledger, ModelRow
-from edge_coordinator.methods.method import Change, Method
+from edge_coordinator.methods.method import Change, Method, Stage
 from edge_coordinator.server_optimizer import ServerOptimizer, ServerSettings
-from edge_coordinator.start_adapters import adapter_tensors, fresh_a
+from edge_coordinator.start_version import Primer, begin, has_adapters
 from edge_runtime.errors import ModelError, StoreError, UsageError, WireError
 from edge_runtime.graphs.find import find_graphs
-from edge_runtime.layout import A, B, layout, scale
+from edge_runtime.layout import A, layout, masked_tensors
 from edge_runtime.manifest import Manifest, StoredTensor, decode_manifest, encode_manifest, make_manifest
 from edge_runtime.model import TensorSpec
 from edge_runtime.peft import Adapter, write_adapter
 from edge_runtime.records import Plan, TrainSettings
 from edge_runtime.source import Source, find_checkpoint, open_source, save_folder
 from edge_runtime.store import BlobStore, cache_folder
-from edge_runtime.version_weights import merged, pieces
+from edge_runtime.version_weights import merged
 from edge_runtime.wire import unpack_as
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-KEEP_VERSIONS = 3  # besides the first; older ones keep their row in the ledger and lose their tensors
+KEEP_VERSIONS = 3  # besides the first and the run's start; others keep their row in the ledger and lose their tensors
 FOLD_AT = 8  # committed updates that are summed up into one partial, so that disk use stays bounded
 
 
@@ -104,7 +104,7 @@ class Models:
         if row not in self._kept():
             raise ModelError(
                 f"the tensors of model {row.version} are no longer kept: "
-                f"those of the newest {KEEP_VERSIONS} versions and of the first are"
+                f"those of the newest {KEEP_VERSIONS} versions, of the first, and of the one that the run began with are"
             )
         path = self.store.path(row.manifest)
         try:
@@ -139,7 +139,8 @@ class Models:
         fresh = {device: c for device, c in committed.items() if not c.folded}
         if not fresh:
             return partial
-        made = fold(base.trainable, partial, self._updates(run, number, base, fresh), self._draft("close.sum"))
+        summed = _summed(base, self._settings(run, number, fresh))
+        made = fold(summed, partial, self._updates(run, number, base, fresh), self._draft("close.sum"))
         blob = self.updates.adopt(made.path)
         with self.ledger.transaction():
             self.ledger.set_partial(run, number, blob, made.weights, list(fresh))
@@ -157,24 +158,36 @@ class Models:
         """What the devices made of a round, for the method: sums alone, or with the updates themselves.
 
         Updates that are kept stay on the disk until the round is in the ledger, so that this may be repeated.
+
+        Args: settings: the run's; what counts is what the round's plans were made with, whatever fleet.toml says by now.
         """
-        adapters = base.mapped_adapters(self.store)
+        settings = replace(self._settings(run, number, committed), seed=settings.seed)
+        summed, adapters = _summed(base, settings), base.mapped_adapters(self.store)
         if not method.keeps_updates:
             partial = self.fold(run, number, base, committed)
             assert partial is not None, "a round closes with at least one contribution"
-            return CollectedRound(number, settings, base.trainable, partial, adapters, ())
+            return CollectedRound(number, settings, base.spec.tensors, summed, partial, adapters, ())
         updates = self._updates(run, number, base, committed)
-        partial = fold(base.spec.tensors, None, updates, self._draft("close.sum"))
+        summed = [t for t in summed if t.name not in adapters]
+        partial = fold(summed, None, updates, self._draft("close.sum"))
         raw = [unpack(update, self._draft(f"close.{i}")) for i, update in enumerate(updates)]
-        return CollectedRound(number, settings, base.trainable, partial, adapters, raw)
+        return CollectedRound(number, settings, base.spec.tensors, summed, partial, adapters, raw)
+
+    def _settings(self, run: str, number: int, committed: Iterable[str]) -> TrainSettings:
+        """What the plans of a round have in common, all but the seed: that of any device that committed."""
+        return self._plan(run, number, min(committed)).settings
+
+    def _plan(self, run: str, number: int, device: str) -> Plan:
+        member = self.ledger.member(run, number, device)
+        assert member and member.plan is not None, "only planned devices contribute"
+        plan: Plan = unpack_as(Plan, member.plan)
+        return plan
 
     def _updates(self, run: str, number: int, base: Manifest, committed: Mapping[str, Contribution]) -> list[Update]:
         """Updates as the plans say that they are laid out, in the order of the devices' names."""
         found = []
         for device in sorted(committed):
-            item, member = committed[device], self.ledger.member(run, number, device)
-            assert member and member.plan is not None, "only planned devices contribute"
-            tensors = layout(base.spec, unpack_as(Plan, member.plan))
+            item, tensors = committed[device], layout(base.spec, self._plan(run, number, device))
             found.append(Update(device, self.updates.path(item.blob), item.num_examples, tensors, item.codec))
         return found
 
@@ -200,54 +213,28 @@ class Models:
         paths = {t.name: self.store.path(t.blob) for t in (*base.tensors, *base.adapters)}
         changed = apply(changes, paths, self.store, *([optimizer.step] if optimizer else []))
 
-        def after(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
-            return [replace(t, blob=changed.get(t.name, t.blob)) for t in tensors]
+        def after(tensors: Sequence[StoredTensor]) -> tuple[StoredTensor, ...]:
+            return tuple(replace(t, blob=changed.get(t.name, t.blob)) for t in tensors)
 
-        return self._publish(base, base_blob, after(base.tensors), after(base.adapters), method)
+        return self._publish(
+            replace(base, tensors=after(base.tensors), adapters=after(base.adapters)), base_blob, method
+        )
 
     def with_adapters(
-        self, base: Manifest, base_blob: bytes, settings: TrainSettings | None, method: str, ranks: Sequence[int] = ()
+        self, base: Manifest, base_blob: bytes, stage: Stage, method: str, primer: Primer | None = None
     ) -> tuple[Manifest, bytes] | None:
-        """The model as a run begins with it: other adapters merged into its matrices, and fresh ones; None if it is so already.
-
-        Args: settings: of a run that exchanges adapters, None for one that does not; ranks: of each block, if not the run's.
+        """The model as a stage begins with it, its own adapters and no others; None if it is so already.
 
         Raises:
             UsageError: a target is no linear layer of the model.
         """
-        wanted = adapter_tensors(base.spec, settings, ranks) if settings else ()
-        times = scale(settings) if settings else 0.0
-        there = tuple(TensorSpec(t.name, t.shape, t.part) for t in base.adapters)
-        if there == tuple(wanted) and base.adapter_scale == times:
+        if has_adapters(base, stage):
             return None
-        pairs, weights, tensors = base.mapped_adapters(self.store), base.mapped(self.store), list(base.tensors)
-        for i, t in enumerate(tensors):
-            stem = t.name.removesuffix(".weight")
-            if stem + A in pairs:
-                added = pieces(weights[t.name], pairs[stem + A], pairs[stem + B], base.adapter_scale)
-                tensors[i] = replace(t, blob=self.store.put(b"".join(piece.tobytes() for piece in added)))
-        adapters = []
-        for new in wanted:
-            assert settings, "wanted by them"
-            values = fresh_a(settings.seed, 0, new.name, new.shape) if new.name.endswith(A) else _zeros(new.shape)
-            blob = self.store.put(finite(new.name, values).tobytes())
-            adapters.append(StoredTensor(new.name, new.shape, new.part, blob))
-        return self._publish(base, base_blob, tensors, adapters, method, times)
+        return self._publish(begin(base, stage, self.store, primer), base_blob, method)
 
-    def _publish(
-        self, base: Manifest, base_blob: bytes, tensors: Sequence[StoredTensor], adapters: Sequence[StoredTensor], method: str,
-        adapter_scale: float | None = None,
-    ) -> tuple[Manifest, bytes]:  # fmt: skip
-        """The manifest of the version after `base`."""
-        manifest = replace(
-            base,
-            version=base.version + 1,
-            tensors=tuple(tensors),
-            adapters=tuple(adapters),
-            adapter_scale=base.adapter_scale if adapter_scale is None else adapter_scale,
-            method=method,
-            parent=base_blob,
-        )
+    def _publish(self, changed: Manifest, base_blob: bytes, method: str) -> tuple[Manifest, bytes]:
+        """A version's manifest with other tensors, as the version after it."""
+        manifest = replace(changed, version=changed.version + 1, method=method, parent=base_blob)
         return manifest, self.store.put(encode_manifest(manifest))
 
     def export_adapter(self, version: int, out: Path) -> None:
@@ -292,8 +279,10 @@ class Models:
 
     def _kept(self) -> Sequence[ModelRow]:
         """The versions whose tensors are kept."""
-        rows = self.ledger.models()
-        return [*rows[:1], *rows[1:][-KEEP_VERSIONS:]]
+        rows, start = self.ledger.models(), self.ledger.run_start()
+        return [
+            row for i, row in enumerate(rows) if i in (0, *range(len(rows))[-KEEP_VERSIONS:]) or row.version == start
+        ]
 
     def export_folder(self, version: int, out: Path) -> None:
         """Write a version as a checkpoint folder, its adapters merged into the matrices.
@@ -307,10 +296,11 @@ class Models:
         save_folder(out, manifest.spec, whole, self.store.path(manifest.tokenizer))
 
 
-def _zeros(shape: tuple[int, ...]) -> Array:
-    import numpy as np
-
-    return np.zeros(shape)
+def _summed(base: Manifest, settings: TrainSettings) -> Sequence[TensorSpec]:
+    """All that updates of plans with these settings may hold and that is summed up, in an order that every update keeps."""
+    if settings.mask_every:
+        return (*masked_tensors(base.spec, base.num_blocks, settings), *base.spec.suffix(0))
+    return base.trainable
 
 
 def _same_base(manifest: Manifest, first: Manifest) -> bool:

@@ -19,11 +19,13 @@ from edge_coordinator.aggregate import MAX_MEMBERS
 from edge_coordinator.config import FleetConfig
 from edge_coordinator.ledger import Contribution, Ledger, Member
 from edge_coordinator.methods import METHODS, configure_train
+from edge_coordinator.methods.method import Stage
 from edge_coordinator.models import Models
-from edge_coordinator.start_adapters import adapter_tensors
+from edge_coordinator.start_version import Primer, has_adapters
 from edge_coordinator.tally import Tally
 from edge_runtime.cost import DataShape
 from edge_runtime.errors import StoreError
+from edge_runtime.layout import targets
 from edge_runtime.manifest import Manifest
 from edge_runtime.planner import make_plan
 from edge_runtime.wire import Join, decode, pack
@@ -60,8 +62,7 @@ class Run:
         self._server = config.run.server_settings
         self._tally: Tally | None = None  # of the newest round
         self.method = METHODS[config.run.method]
-        if self.method.adapters:
-            adapter_tensors(self.manifest.spec, config.train, self._ranks())  # says if there are no such targets
+        targets(self.manifest.spec, config.train.lora_targets)  # says if there are no such ones
         self._deadline = now  # of the newest round's phase, by the server's clock
         self.epoch = self._resume(now)
 
@@ -81,6 +82,13 @@ class Run:
             self._tally = Tally(last["round"], members, self.ledger.contributions(self.name, last["round"]))
         counts = self._tally.counts(self.ledger.revoked())
         return rounds.RoundState(last["round"], last["state"], self._deadline, present=present, **counts)
+
+    def stage(self, number: int) -> Stage:
+        """What the method asks of the devices in a round."""
+        remembered = self.ledger.method_state(self.name, self.config.run.method)
+        return self.method.stage(
+            remembered, number, self.manifest.num_blocks, self.config.train, self.config.run.method_options
+        )
 
     def advance(self, now: float, present: int) -> str:
         """Do what is due; -> "opened", "planned", "published", "failed", or "" when nothing was."""
@@ -117,7 +125,7 @@ class Run:
             epoch = int(self.ledger.get("epoch") or 0) + 1
             self.ledger.put("epoch", str(epoch))
             last = self.ledger.last_round(self.name)
-            if last and last["state"] == "joining" and self._prepared() is not None:
+            if last and last["state"] == "joining" and not has_adapters(self.manifest, self.stage(last["round"])):
                 # nobody can join for a method whose adapters the model does not have, or not without them
                 reason = "fleet.toml names other adapters now than when this round was opened"
                 self._end_round(self.name, last["round"], "joining", "failed", reason)
@@ -136,7 +144,7 @@ class Run:
         return epoch
 
     def _open(self, number: int, now: float) -> str:
-        self._prepare()
+        self._prepare(number)
         opened = rounds.opened(number, self.rules, now)
         today = time.time()
         with self.ledger.transaction():
@@ -146,31 +154,43 @@ class Run:
         self._emit({"event": "round-opened", "run": self.name, "round": number, "model_version": version})
         return "opened"
 
-    def _ranks(self) -> tuple[int, ...]:
-        """Of the adapters in each block; empty: the run's rank in all."""
-        return self.method.block_ranks(self.manifest.num_blocks, self.config.train, self.config.run.method_options)
+    def _prepare(self, number: int) -> None:
+        """Publish the model as a version of its own where a round wants other adapters than it has.
 
-    def _prepared(self) -> tuple[Manifest, bytes] | None:
-        """The model with the adapters that the run's method wants; None if it has them."""
-        name, settings = self.config.run.method, self.config.train if self.method.adapters else None
-        return self.models.with_adapters(self.manifest, self.manifest_blob, settings, name, self._ranks())
-
-    def _prepare(self) -> None:
-        """Publish the model as a version of its own where the method wants other adapters than it has."""
-        prepared = self._prepared()
+        Tensors that stay as they are keep their states of the server optimizer.
+        """
+        name, before = self.config.run.method, self.manifest
+        primer = self._primer()
+        prepared = self.models.with_adapters(before, self.manifest_blob, self.stage(number), name, primer)
         if prepared is None:
             return
         manifest, blob = prepared
+        same = {(t.name, t.blob) for t in (*before.tensors, *before.adapters)}
+        kept = {t.name for t in (*manifest.tensors, *manifest.adapters) if (t.name, t.blob) in same}
+        states = self.ledger.optimizer_states(self.name, before.version, self._server.name)
         with self.ledger.transaction():
-            self.ledger.add_model(manifest.version, blob, self.name, 0, {}, time.time())
+            self.ledger.add_model(manifest.version, blob, self.name, number - 1, {}, time.time())
+            states = {tensor: state for tensor, state in states.items() if tensor in kept}
+            self.ledger.set_optimizer_states(self.name, manifest.version, self._server.name, states)
         self.manifest, self.manifest_blob = manifest, blob
-        self._emit({"event": "adapters-begun", "model_version": manifest.version, "tensors": len(manifest.adapters)})
+        primed = bool(primer and manifest.adapters)
+        event = {"model_version": manifest.version, "tensors": len(manifest.adapters), "primed": primed}
+        self._emit({"event": "adapters-begun", **event})
+
+    def _primer(self) -> Primer | None:
+        """What the run's adapters are made from, where its method makes them from what the run has changed."""
+        rows = self.ledger.models()
+        start = self.ledger.run_start() if self.method.prime and rows[-1].run == self.name else None
+        for row in rows:
+            if self.method.prime and row.version == start and self.models.store.has(row.manifest):
+                return Primer(self.models.manifest(row), self.method.prime)
+        return None
 
     def _plan(self, state: rounds.RoundState, now: float) -> str:
         """The cohort is complete: the method plans for all of it at once."""
         members = self.ledger.members(self.name, state.number)
         joins = {d: read_join(m) for d, m in members.items() if m.status == "joined"}
-        train, name = self.config.train, self.config.run.method
+        train, name, stage = self.config.train, self.config.run.method, self.stage(state.number)
         chosen, remembered = configure_train(
             name,
             self.ledger.method_state(self.name, name),
@@ -185,9 +205,9 @@ class Run:
             if choice.row is None:
                 planned.append(replace(members[device], status="excluded", reason=choice.why))
                 continue
-            settings = replace(train, seed=_seed(train.seed, state.number, device))
+            settings = replace(stage.settings, seed=_seed(train.seed, state.number, device))
             plan = make_plan(choice.row, DataShape(joins[device].num_examples, 0, 0.0), settings)
-            plan = replace(plan, ranks=choice.ranks, adapters=self.method.adapters)
+            plan = replace(plan, ranks=choice.ranks, adapters=stage.adapters)
             planned.append(replace(members[device], status="planned", nonce=os.urandom(16), plan=pack(plan)))
         after = rounds.collecting(state, self.rules, sum(m.plan is not None for m in planned), now)
         today = time.time()

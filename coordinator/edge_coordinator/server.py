@@ -402,16 +402,16 @@ class Server:
         state = self.run.state()
         if state is None or state.state not in ("joining", "collecting"):
             return
-        base = self.run.manifest.version
+        base, stage = self.run.manifest.version, self.run.stage(state.number)
         message = Round(
             self.run.name,
             state.number,
             self.run.epoch,
             base,
             self.config.run.method,
-            self.config.train,
+            stage.settings,
             self.run.rules.join_timeout_s,
-            self.run.method.adapters,
+            stage.adapters,
         )
         self._broadcast("round", message)
 

@@ -18,9 +18,11 @@ SENTENCES: Sentences = {
     "broker-lost": lambda e: f"the connection to the broker is lost, it is made again: {e['reason']}",
     "round-opened": lambda e: f"round {e['round']}: waiting for devices",
     "adapters-begun": lambda e: (
-        f"model {e['model_version']} begins the run with {e['tensors'] // 2} fresh adapters"
+        f"model {e['model_version']} begins with {e['tensors'] // 2} adapters, made from what the run has changed"
+        if e["primed"]
+        else f"model {e['model_version']} begins with {e['tensors'] // 2} fresh adapters"
         if e["tensors"]
-        else f"model {e['model_version']} begins the run: adapters of another run are merged into it"
+        else f"model {e['model_version']} begins: adapters of before are merged into it"
     ),
     "joined": lambda e: (
         f"round {e['round']}: {e['device']} joins with {e['num_examples']} examples and {mib(e['budget_bytes'])}"

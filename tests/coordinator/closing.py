@@ -1,4 +1,7 @@
-"""Closes the round that stands in a fleet's folder: python -m tests.coordinator.closing FOLDER. For tests that kill it."""
+"""Closes the round that stands in a fleet's folder: python -m tests.coordinator.closing FOLDER [open]. For tests that kill it.
+
+With `open` it opens the round after it too.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,17 @@ from edge_coordinator.models import Models
 from edge_coordinator.run import Run
 
 
-def main(folder: Path) -> None:
-    """Until the round is published."""
+def main(folder: Path, then_open: bool = False) -> None:
+    """Until the round is published, or the next one open."""
     ledger = Ledger(folder / "ledger.db")
     run = Run(load_config(folder), ledger, Models(folder, ledger), print, now=0.0)
     state = run.state()
-    if state and state.state != "published":
+    if state and state.state in ("collecting", "closing"):
         assert run.advance(0.0, 0) == "published"
+    state = run.state()
+    if then_open and state and state.state == "published":
+        assert run.advance(0.0, 0) == "opened"
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), "open" in sys.argv[2:])

@@ -17,6 +17,7 @@ from edge_coordinator.collected import unpack
 from edge_coordinator.ledger import Contribution, Ledger, Member
 from edge_coordinator.methods import METHODS
 from edge_coordinator.methods.hetlora import product_norm, weights
+from edge_coordinator.methods.method import Stage
 from edge_coordinator.models import Models
 from edge_coordinator.start_adapters import fresh_a
 from edge_models import bert
@@ -59,7 +60,7 @@ class World:
         blobs = {t.name: self.put(chance.normal(0, 0.5, t.shape)) for t in SPEC.tensors}
         first = make_manifest(SPEC, blobs, self.models.store.put(b"tokenizer"), 9, version=1)
         self.first = first, self.models.store.put(b"manifest 1")
-        begun = self.models.with_adapters(*self.first, settings, "lora")
+        begun = self.models.with_adapters(*self.first, Stage(settings, "ab"), "lora")
         assert begun is not None
         self.manifest, self.blob = begun
         self.devices: dict[str, Device] = {}
@@ -331,7 +332,7 @@ def test_a_run_begins_with_random_a_and_zero_b_and_the_tensors_as_they_were(worl
         else:
             assert (values == fresh_a(5, 0, tensor.name, tensor.shape)).all()
             assert 0.5 / math.sqrt(tensor.shape[1]) < np.abs(values).max() <= 1 / math.sqrt(tensor.shape[1])
-    assert world.models.with_adapters(world.manifest, world.blob, SETTINGS, "lora") is None, "it has them"
+    assert world.models.with_adapters(world.manifest, world.blob, Stage(SETTINGS, "ab"), "lora") is None, "it has them"
 
 
 def test_the_first_a_is_the_same_bits_on_every_machine() -> None:
@@ -353,7 +354,8 @@ def test_other_adapters_are_merged_into_the_model_before_a_run_begins(
 ) -> None:
     mixed(world)
     world.manifest = world.close("hetlora")
-    made = world.models.with_adapters(world.manifest, world.blob, settings, "caff")
+    stage = Stage(settings, "ab") if settings else Stage(TrainSettings())
+    made = world.models.with_adapters(world.manifest, world.blob, stage, "caff")
     assert made is not None
     after, _ = made
     for stem in (QUERY, UP):

@@ -141,7 +141,9 @@ def with_method(folder: Path, method: str, **train: str) -> Path:
 
 def test_a_method_with_adapters_has_a_rank_and_any_other_none(tmp_path: Path) -> None:
     for name, method in METHODS.items():
-        assert load_config(with_method(tmp_path / "plain", name)).train.lora_rank == (8 if method.adapters else 0)
+        assert load_config(with_method(tmp_path / "plain", name)).train.lora_rank == (
+            method.rank if method.adapters else 0
+        )
         ranked = with_method(tmp_path / "ranked", name, lora_rank="5")
         if method.adapters:
             assert load_config(ranked).train.lora_rank == 5
@@ -150,6 +152,16 @@ def test_a_method_with_adapters_has_a_rank_and_any_other_none(tmp_path: Path) ->
                 UsageError, match="lora_rank must be 0 with the method .*: adapters are trained by lora,"
             ):
                 load_config(ranked)
+
+
+def test_a_mask_is_of_methods_without_adapters(tmp_path: Path) -> None:
+    for name, method in METHODS.items():
+        masked = with_method(tmp_path, name, mask_every="4")
+        if method.adapters:
+            with pytest.raises(UsageError, match=f"mask_every must be 0 with the method {name}, which trains adapters"):
+                load_config(masked)
+        else:
+            assert load_config(masked).train.mask_every == 4
 
 
 @pytest.mark.parametrize("codec", ["topk10", "auto"])
@@ -200,6 +212,14 @@ WRONG = [
     ("run", "server_momentum", "1", "[run] server_momentum must be from 0 to 0.9999"),
     ("run", "server_beta2", "1.0", "[run] server_beta2 must be from 0 to 0.9999"),
     ("run", "server_tau", "0", "[run] server_tau must be from 1e-12 to 1, it is 0.0"),
+    ("run", "sparse_rounds", "-1", "[run] sparse_rounds must be 0 to rounds, 10, it is -1"),
+    ("run", "sparse_rounds", "11", "[run] sparse_rounds must be 0 to rounds, 10, it is 11"),
+    ("run", "sparse_rounds", "0.5", "[run] sparse_rounds must be int, it is 0.5"),
+    ("run", "sparse_density", "0", "[run] sparse_density must be from 0.0001 to 1, it is 0.0"),
+    ("run", "sparse_density", "1.1", "[run] sparse_density must be from 0.0001 to 1, it is 1.1"),
+    ("run", "sparse_density", "nan", "[run] sparse_density must be a finite number"),
+    ("train", "mask_every", "-1", "mask_every must be from 0 to 65536, it is -1"),
+    ("train", "mask_seed", str(1 << 63), "mask_seed must be from 0"),
     ("train", "epochs", "0", "epochs must be from 1 to 1000"),
     ("train", "batch_size", "5000", "batch_size must be from 1 to 4096"),
     ("train", "learning_rate", "nan", "[train] learning_rate must be a finite number"),

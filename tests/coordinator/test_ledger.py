@@ -441,3 +441,24 @@ def test_a_full_disk_is_a_store_error_everywhere_and_loses_nothing(tmp_path: Pat
             ledger.put("long", long)
         assert ledger.get("long") == long
         ledger.close()
+
+
+# the version that a run began with
+
+
+def test_a_runs_start_is_what_its_first_round_began_with_until_another_run_makes_a_version(ledger: Ledger) -> None:
+    assert ledger.run_start() is None
+    ledger.add_model(1, BLOB, "", 0, {}, 0.0)
+    assert ledger.run_start() is None, "no run has made anything"
+    ledger.open_round("a", 1, 1, 0.0, 0.0)
+    for number in (2, 3):
+        ledger.add_model(number, BLOB, "a", number, {}, 0.0)
+    assert ledger.run_start() == 1
+    ledger.add_model(4, BLOB, "b", 0, {}, 0.0)
+    assert ledger.run_start() is None, "adapters of run b, whose first round is not open yet"
+    ledger.open_round("b", 1, 4, 0.0, 0.0)
+    assert ledger.run_start() == 4
+    ledger.add_model(5, BLOB, "b", 1, {}, 0.0)
+    assert ledger.run_start() == 4
+    ledger.add_model(6, BLOB, "a", 4, {}, 0.0)
+    assert ledger.run_start() is None, "run b came between"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_coordinator.methods import METHODS, SUMMARIES, configure_train
-from edge_coordinator.methods.method import Choice, Options
+from edge_coordinator.methods.method import Choice, Options, Stage, State
 from edge_runtime.records import Budget, CostRow, TrainSettings
 from edge_runtime.wire import Join
 from tests.samples import BOOT, quickly
@@ -117,6 +117,52 @@ def test_a_row_of_a_rank_that_the_run_does_not_have_is_never_granted(method: str
     of_block = tuple(row(depth, rank=9) for depth in range(BLOCKS + 1))
     plain = () if METHODS[method].adapters else tuple(row(d, rank=8) for d in range(BLOCKS + 1))
     assert depths(method, {"a": join(table=(*of_block, *plain))}) == {"a": None}
+
+
+def slora(number: int, rounds: int, sparse_rounds: int = 0, state: State | None = None, density: float = 0.1) -> Stage:
+    """What slora asks of a round."""
+    options = Options(sparse_rounds=sparse_rounds, sparse_density=density, rounds=rounds)
+    return METHODS["slora"].stage(state or {}, number, BLOCKS, TrainSettings(seed=5, lora_rank=10), options)
+
+
+def test_slora_masks_a_third_of_the_rounds_and_then_has_adapters_with_scale_one() -> None:
+    for rounds, sparse in ((1, 1), (2, 1), (3, 1), (6, 2), (10, 3), (15, 5)):
+        stages = [slora(number, rounds) for number in range(1, rounds + 1)]
+        assert [s.adapters for s in stages] == [""] * sparse + ["ab"] * (rounds - sparse)
+    first, second = slora(1, 3).settings, slora(2, 3).settings
+    assert first == TrainSettings(seed=5, mask_every=10, mask_seed=5)
+    assert second == TrainSettings(seed=5, lora_rank=10, lora_alpha=10.0)
+    assert [slora(1, 3, density=d).settings.mask_every for d in (1.0, 0.5, 0.01, 1e-4)] == [1, 2, 100, 10_000]
+
+
+def test_the_end_of_sloras_first_stage_is_as_the_run_began_unless_it_is_named() -> None:
+    assert slora(4, 30, state={"sparse_rounds": 3}).adapters == "ab"
+    assert slora(4, 30, sparse_rounds=9, state={"sparse_rounds": 3}).adapters == ""
+    options = Options(rounds=9)
+    _, state = configure_train(
+        "slora", {}, {}, number=1, num_blocks=BLOCKS, settings=TrainSettings(lora_rank=8), options=options
+    )
+    assert state == {"sparse_rounds": 3}
+
+
+@pytest.mark.parametrize(("number", "rank"), [(1, 0), (2, 8)])
+def test_slora_asks_for_all_blocks_in_both_stages(number: int, rank: int) -> None:
+    cohort = {
+        "strong": adapters(308, (*TABLE, *ADAPTERS)),
+        "weak": adapters(299, (*TABLE, *ADAPTERS)),
+        "old": adapters(308, ADAPTERS),
+    }
+    chosen, _ = configure_train(
+        "slora",
+        {},
+        cohort,
+        number=number,
+        num_blocks=BLOCKS,
+        settings=TrainSettings(lora_rank=8),
+        options=Options(rounds=3),
+    )
+    found = {d: (c.row.depth, c.row.rank) if c.row else None for d, c in chosen.items()}
+    assert found == {"strong": (4, rank), "weak": None, "old": (4, rank) if rank else None}
 
 
 def test_head_trains_the_head_on_every_device_that_can() -> None:

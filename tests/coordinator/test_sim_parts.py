@@ -303,7 +303,7 @@ SETTINGS = {
 def folder(tmp_path: Path) -> Path:
     """A simulation's results."""
     results = Results(tmp_path)
-    results.settings(SETTINGS, lambda: "calibrated")
+    results.settings(SETTINGS, lambda: {"calibration": "calibrated"})
     for row in ROUNDS:
         results.add(dict(row))
     results.write_tables()
@@ -323,7 +323,7 @@ def test_other_settings_are_refused_and_the_same_keep_their_calibration(folder: 
     results = Results(folder)
     assert results.settings(SETTINGS, lambda: pytest.fail("measured again"))["calibration"] == "calibrated"
     with pytest.raises(UsageError, match="another run"):
-        results.settings({**SETTINGS, "run": {"method": "head"}}, lambda: "")
+        results.settings({**SETTINGS, "run": {"method": "head"}}, dict)
 
 
 def test_the_tables_hold_what_the_lines_hold(folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from edge_runtime.codecs import CODECS
 from edge_runtime.encoding import read_update, write_update
 from edge_runtime.outbox import PENDING_FILE, Outbox
-from edge_runtime.records import TrainReport
+from edge_runtime.records import TrainReport, TrainSettings
 from edge_runtime.residual import ErrorFeedback, Residual, error_feedback, line_of
 from edge_runtime.wire import Grant
 from tests.samples import MESSAGES, OTHER, small_manifest, small_spec
@@ -150,15 +150,19 @@ def test_a_damaged_residual_counts_as_none(tmp_path: Path, damage: bytes | str |
 
 def test_the_line_is_of_run_base_model_and_shape_and_outlives_a_new_version() -> None:
     manifest = small_manifest()
-    line = line_of("first", manifest)
+    plain = TrainSettings()
+    line = line_of("first", manifest, plain)
     later = tuple(replace(t, blob=OTHER) if t.part >= 0 else t for t in manifest.tensors)
-    assert line_of("first", replace(manifest, version=9, parent=OTHER, tensors=later)) == line
+    assert line_of("first", replace(manifest, version=9, parent=OTHER, tensors=later), plain) == line
     others = [
-        line_of("second", manifest),
-        line_of("first", replace(manifest, labels=("a", "b"))),
-        line_of("first", replace(manifest, tensors=tuple(replace(t, blob=OTHER) for t in manifest.tensors))),
+        line_of("second", manifest, plain),
+        line_of("first", manifest, TrainSettings(mask_every=4)),
+        line_of("first", manifest, TrainSettings(mask_every=4, mask_seed=1)),
+        line_of("first", replace(manifest, adapters=manifest.tensors[:2]), plain),
+        line_of("first", replace(manifest, labels=("a", "b")), plain),
+        line_of("first", replace(manifest, tensors=tuple(replace(t, blob=OTHER) for t in manifest.tensors)), plain),
     ]
-    assert len({line, *others}) == 4
+    assert len({line, *others}) == 7
 
 
 # with the outbox: what a device does, and where it may die

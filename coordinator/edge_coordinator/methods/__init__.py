@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from edge_coordinator.methods import baselines, caff, flexlora, flora, hetlora, legend, lora
+from edge_coordinator.methods import baselines, caff, flexlora, flora, hetlora, legend, lora, slora
 from edge_coordinator.methods.method import Choice, Cohort, Configure, Method, Options, State, by_table
 from edge_runtime.codecs import CODECS
 from edge_runtime.records import CostRow, TrainSettings
@@ -42,9 +42,9 @@ METHODS: dict[str, Method] = {
     "flexlora": flexlora.METHOD,
     "flora": flora.METHOD,
     "legend": legend.METHOD,
+    "slora": slora.METHOD,
 }
 SUMMARIES: dict[str, str] = {name: method.summary for name, method in METHODS.items()}
-DEFAULT_RANK = 8  # of a method with adapters, where fleet.toml names none
 
 
 def configure_train(
@@ -61,20 +61,22 @@ def configure_train(
 
     Args:
         joins: what each device said it could do; rows over its own budgets, of depths that the model does not have, of
-            codecs that are not known, or of ranks that the run does not have, are not offered to the method.
+            codecs that are not known, or of ranks that the round does not have, are not offered to the method.
+        settings: the run's.
     """
     from edge_runtime.planner import feasible
 
     method = METHODS[name]
+    stage = method.stage(state, number, num_blocks, settings, options)
 
     def usable(row: CostRow) -> bool:
-        ranked = 1 <= row.rank <= settings.lora_rank if method.adapters and row.depth else row.rank == 0
+        ranked = 1 <= row.rank <= stage.settings.lora_rank if stage.adapters and row.depth else row.rank == 0
         return row.depth <= num_blocks and row.codec in CODECS and ranked
 
     tables = {
         device: feasible([row for row in join.table if usable(row)], join.budget, settings.epochs)
         for device, join in joins.items()
     }
-    choices, after = method.configure(state, Cohort(number, joins, tables, num_blocks, settings, options))
+    choices, after = method.configure(state, Cohort(number, joins, tables, num_blocks, stage.settings, options))
     why = f"{name} leaves out a device with these budgets"
     return {device: c if c.row or c.why else replace(c, why=why) for device, c in choices.items()}, after

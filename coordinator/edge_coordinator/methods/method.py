@@ -34,12 +34,33 @@ class Options:
         rank_budget: of LEGEND, the sum of the ranks of all blocks; 0: that of the arithmetic one up to the run's rank.
         suffix_depths: of LEGEND, "even" (its own rule) or "deepest" (CAFF's).
         waiting_share: of LEGEND, how much of a round's time devices may wait on average.
+        sparse_rounds: of SLoRA, the rounds of its first stage; 0: about a third of the run's.
+        sparse_density: of SLoRA, the share of the entries that its first stage trains.
+        rounds: of the run.
     """
 
     rank_distribution: str = "arithmetic"
     rank_budget: int = 0
     suffix_depths: str = "even"
     waiting_share: float = 0.1
+    sparse_rounds: int = 0
+    sparse_density: float = 0.1
+    rounds: int = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a method asks of all devices in a round.
+
+    Attributes:
+        settings: as devices are told them.
+        adapters: what of LoRA adapters devices train and send: "ab", "b" (A stays), or "" (the blocks, or entries of them).
+        ranks: of the published adapters of each block, from input to output; empty: the settings' in all.
+    """
+
+    settings: TrainSettings
+    adapters: str = ""
+    ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,6 +70,7 @@ class Cohort:
     Attributes:
         joins: what each device said.
         tables: of that, the rows within the device's own budgets that this method and model can use.
+        settings: of the round's stage.
     """
 
     number: int
@@ -106,7 +128,7 @@ class Collected(Protocol):
 
     @property
     def settings(self) -> TrainSettings:
-        """The run's."""
+        """Those of the round's plans, with the run's seed."""
 
     @property
     def adapted(self) -> Sequence[TensorSpec]:
@@ -114,6 +136,8 @@ class Collected(Protocol):
 
     def means(self) -> Iterator[Change]:
         """The mean delta of each tensor over the devices that trained it, weighted by their examples, from exact sums.
+
+        Of a matrix of which entries were trained: zero for all others.
 
         Of a method with `keeps_updates` only tensors of the model itself, such as the head's: not adapters.
         """
@@ -128,11 +152,20 @@ class Collected(Protocol):
 Configure = Callable[[State, Cohort], tuple[Mapping[str, Choice], State]]
 Aggregate = Callable[[State, Collected], tuple[Iterator[Change], State]]
 BlockRanks = Callable[[int, TrainSettings, Options], tuple[int, ...]]
+RoundSettings = Callable[
+    [State, int, TrainSettings, Options], TrainSettings
+]  # of a round by its number, from the run's
+Prime = Callable[["Array", "Array"], "tuple[Array, Array]"]
 
 
 def one_rank(num_blocks: int, settings: TrainSettings, options: Options) -> tuple[int, ...]:
     """The run's rank in all blocks."""
     return ()
+
+
+def the_runs(state: State, number: int, settings: TrainSettings, options: Options) -> TrainSettings:
+    """The run's settings in all rounds."""
+    return settings
 
 
 def averaged(state: State, collected: Collected) -> tuple[Iterator[Change], State]:
@@ -149,10 +182,14 @@ class Method:
         configure: the plans of a cohort.
         aggregate: the changes of the model, one at a time, and the next state.
         adapters: what of LoRA adapters devices train and send: "ab", "b" (A stays), or "" (the blocks themselves).
+        rank: of the adapters where fleet.toml names none.
         block_ranks: the rank of the published adapters of each block, from input to output; empty: the run's in all.
         keeps_updates: `aggregate` needs the updates themselves, so that they stay on disk until the round closes; else they
             are summed up as they come.
         remakes_adapters: A and B get another basis each round, so what a codec left out of them cannot be sent later.
+        round_settings: those of a round; where they have no rank, no adapters are trained in it.
+        prime: of a run whose matrices were trained before its adapters: from what it changed in a matrix (outputs, inputs) and
+            a fresh A (rank, inputs), float64, to the A and B that adapters begin with; the matrix goes back to what it was.
     """
 
     summary: str
@@ -162,6 +199,16 @@ class Method:
     block_ranks: BlockRanks = one_rank
     keeps_updates: bool = False
     remakes_adapters: bool = False
+    rank: int = 8
+    round_settings: RoundSettings = the_runs
+    prime: Prime | None = None
+
+    def stage(self, state: State, number: int, num_blocks: int, settings: TrainSettings, options: Options) -> Stage:
+        """What a round asks of the devices. Args: settings: the run's."""
+        settings = self.round_settings(state, number, settings, options)
+        if not self.adapters or not settings.lora_rank:
+            return Stage(settings)
+        return Stage(settings, self.adapters, self.block_ranks(num_blocks, settings, options))
 
 
 def by_table(choose: Callable[[Tables, int], Mapping[str, CostRow | None]]) -> Configure:

@@ -70,13 +70,17 @@ class Plans:
     spec: ModelSpec
     calibrations: Mapping[str, Calibration]  # by class
     cached: bool
+    masked: Mapping[str, Calibration] = field(
+        default_factory=dict
+    )  # of rounds with masks, in a run that has others too
 
     def table(
         self, device: VirtualDevice, settings: TrainSettings, adapters: str
     ) -> tuple[tuple[CostRow, ...], Budget]:
         """The device's cost table and its budgets."""
-        budget, calibration = device.budget, self.calibrations[device.kind.name]
-        what = (self.spec, device.data, settings, calibration, budget, self.cached, adapters)
+        measured = self.masked if settings.mask_every and self.masked else self.calibrations
+        budget = device.budget
+        what = (self.spec, device.data, settings, measured[device.kind.name], budget, self.cached, adapters)
         return tuple(cost_table(*what, offered_ranks(self.spec, settings, adapters))), budget
 
 
@@ -262,7 +266,7 @@ class VirtualFleet:
         feedback = {}
         if CODECS[grant.plan.chosen.codec].sparse:
             draft = self.pool.residual(_work(grant, device))
-            feedback["residual"] = self._residuals.job(device.name, draft, grant.run, grant.round, manifest)
+            feedback["residual"] = self._residuals.job(device.name, draft, grant, manifest)
         return {
             **feedback,
             "plan": to_plain(grant.plan),

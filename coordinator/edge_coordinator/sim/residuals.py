@@ -14,6 +14,7 @@ from typing import Any
 from edge_runtime.manifest import Manifest
 from edge_runtime.residual import feedback_job
 from edge_runtime.store import disk_errors, make_folder, sync_folder
+from edge_runtime.wire import Grant
 
 
 class Residuals:
@@ -22,9 +23,9 @@ class Residuals:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def job(self, device: str, draft: Path, run: str, round_: int, manifest: Manifest) -> dict[str, Any]:
+    def job(self, device: str, draft: Path, grant: Grant, manifest: Manifest) -> dict[str, Any]:
         """What a training is told of error feedback."""
-        return feedback_job(self._folder / device, draft, run, round_, manifest)
+        return feedback_job(self._folder / device, draft, grant.run, grant.round, manifest, grant.plan.settings)
 
     def settle(self, rows: Iterable[Mapping[str, Any]], draft_of: Callable[[str], Path]) -> None:
         """A round is in the results, whose rows tell what became of each device's update. Twice is as once.

@@ -45,8 +45,8 @@ class Results:
         """Every round in turn, from the disk."""
         return _read_rounds(self.folder / ROUNDS_FILE)
 
-    def settings(self, wanted: Mapping[str, Any], calibrate: Callable[[], Any]) -> Row:
-        """What is being simulated: as the folder has it, or `wanted` and a fresh calibration in a new one.
+    def settings(self, wanted: Mapping[str, Any], measured: Callable[[], Mapping[str, Any]]) -> Row:
+        """What is being simulated: as the folder has it, or `wanted` and what is measured now in a new one.
 
         Raises:
             UsageError: the folder holds results of another simulation; names the first difference.
@@ -54,7 +54,7 @@ class Results:
         path = self.folder / SETTINGS_FILE
         known = read_json(path)
         if known is None:
-            fresh = {**wanted, "calibration": calibrate()}
+            fresh = {**wanted, **measured()}
             write_json(path, fresh)
             return fresh
         for key, value in json.loads(json.dumps(wanted)).items():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_coordinator.fleet import SIMULATED, Fleet
+from edge_coordinator.methods import METHODS
 from edge_coordinator.models import Models
 from edge_coordinator.server import Server
 from edge_coordinator.sim.classes import DeviceClass, read_budgets
@@ -39,6 +40,7 @@ from edge_runtime.weights import MappedTensor
 from edge_runtime.wire import from_plain, to_plain
 
 WORK_FOLDER, RESIDUAL_FOLDER = "work", "residual"
+MASKED = "masked_calibration"  # in sim.json, beside "calibration"
 
 
 class Simulation:
@@ -71,8 +73,8 @@ class Simulation:
         self.engine = _engine(manifest, self.models, say)
         kinds = [kind for kind, _ in options.kinds]
         settings = self.results.settings(self._description(kinds), lambda: self._calibrated(manifest, say))
-        calibration: Calibration = from_plain(Calibration, settings["calibration"], "calibration")
         self.spec: ModelSpec = manifest.spec
+        calibrated, masked = (self._of_classes(settings.get(name), kinds) for name in ("calibration", MASKED))
         devices = make_devices(options, self.spec.labels, self.corpus, config.train.seed)
         self._enroll([d.name for d in devices])
 
@@ -83,7 +85,7 @@ class Simulation:
         self.pool = Pool(folder / WORK_FOLDER, workers, start, keep_going)
         self.virtual = VirtualFleet(
             devices, self.broker, config.realm, self.clock, self.pool,
-            plans=Plans(self.spec, calibrations(calibration, self.spec, self._prepared.data, config.train.batch_size, kinds), self.engine.cached),
+            plans=Plans(self.spec, calibrated, self.engine.cached, masked),
             engine=self.engine, corpus=self.corpus, store=self.models.store, updates=self.models.updates,
             residuals=Residuals(folder / RESIDUAL_FOLDER), seed=config.train.seed, dropout=options.dropout, threads=options.threads,
         )  # fmt: skip
@@ -94,7 +96,8 @@ class Simulation:
         self._ended: dict[str, Any] = {}  # the coordinator's event that ended a round, until it is in the results
         self._transport = LocalTransport(self.broker, COORDINATOR, Topics(config.realm).coordinator_filters())
         self.server = Server(config, self.fleet.ledger, self.models, self._transport, self._happened, clock=self.clock)
-        self._before = self.server.run.manifest
+        self._before = self._manifest_of(last.get("model_version"))
+        self._begun: Row = {}  # of the round that is open
         self._hold()
 
     @property
@@ -150,7 +153,7 @@ class Simulation:
         """What the coordinator reports: its deadlines become times of the clock."""
         kind, run, now_s = event["event"], self.fleet.config.run, self.clock.now_s
         if kind == "round-opened":
-            self._hold()  # the run may have begun with other adapters
+            self._hold()  # the round may begin with other adapters
             self._opened_s, self._counts = now_s, {}
             self.clock.at(now_s + run.join_timeout_s, nothing)
         elif kind == "round-planned":
@@ -173,6 +176,7 @@ class Simulation:
         manifest = self.server.run.manifest
         parts = self.virtual.downloads.publish(self._before, manifest)
         self._before = manifest
+        begun, self._begun = self._begun, {}
         self._hold()
         work = self.virtual.end_round()
         row: Row = {
@@ -190,11 +194,16 @@ class Simulation:
         last = event["round"] >= self.fleet.config.run.rounds
         if self.options.test and (last or event["round"] % self.options.evaluate_every == 0):
             row |= self._accuracies(manifest)
-        self._write(row | {"changed_parts": parts, "devices": work})
+        self._write(row | begun | {"changed_parts": parts, "devices": work})
         self.virtual.settle(event["round"], work)
 
     def _hold(self) -> None:
+        """The version that is served from now on. One that no round has made is what the next round begins with."""
         run = self.server.run
+        if run.manifest.version != self._before.version:
+            parts = self.virtual.downloads.publish(self._before, run.manifest)
+            self._begun = {"begun_version": run.manifest.version, "begun_parts": parts}
+            self._before = run.manifest
         self.virtual.hold(run.manifest, self.models.store.size(run.manifest_blob))
 
     def _write(self, row: Row) -> None:
@@ -292,10 +301,27 @@ class Simulation:
             "threads": options.threads,
         }
 
-    def _calibrated(self, manifest: Manifest, say: Callable[[str], None]) -> Any:
-        settings, data = self.fleet.config.train, self._prepared.data
-        source = _source(manifest, self.models)
-        return to_plain(calibrated(source, self.engine, data, settings, self.options.threads, say))
+    def _calibrated(self, manifest: Manifest, say: Callable[[str], None]) -> Row:
+        """What this machine measured with the run's settings, and with masks where the method begins with them."""
+        config, source = self.fleet.config, _source(manifest, self.models)
+        method, options = METHODS[config.run.method], config.run.method_options
+        first = method.stage({}, 1, manifest.num_blocks, config.train, options).settings
+        measured = {"calibration": config.train} | (
+            {MASKED: first} if first.mask_every > config.train.mask_every else {}
+        )
+        data, threads = self._prepared.data, self.options.threads
+        return {n: to_plain(calibrated(source, self.engine, data, s, threads, say)) for n, s in measured.items()}
+
+    def _of_classes(self, measured: Any, kinds: Sequence[DeviceClass]) -> Mapping[str, Calibration]:
+        if measured is None:
+            return {}
+        found: Calibration = from_plain(Calibration, measured, "calibration")
+        return calibrations(found, self.spec, self._prepared.data, self.fleet.config.train.batch_size, kinds)
+
+    def _manifest_of(self, version: int | None) -> Manifest:
+        """The version that the last round in the results ended with; the newest before there are any."""
+        rows = {row.version: row for row in self.fleet.ledger.models()}
+        return self.models.manifest(rows[version]) if version else self.server.run.manifest
 
     def _enroll(self, names: Sequence[str]) -> None:
         """No secret is behind these: nobody can connect as a virtual device."""
@@ -309,6 +335,7 @@ class Simulation:
         """What the devices held when the simulation was left."""
         by_name = {d.name: d for d in devices}
         for row in self.results.rows():
+            self.virtual.downloads.changed |= dict.fromkeys(row.get("begun_parts", ()), row.get("begun_version", 0))
             self.virtual.downloads.changed |= dict.fromkeys(row["changed_parts"], row["model_version"])
             for work in row["devices"]:
                 by_name[work["device"]].held = work["held"]

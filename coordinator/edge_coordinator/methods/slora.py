@@ -1,0 +1,80 @@
+"""SLoRA: some rounds train a sparse part of the matrices; what they changed becomes the adapters that LoRA begins with.
+
+Babakniya, Elkordy, Ezzeldin, Liu, Song, El-Khamy, Avestimehr: "SLoRA: Federated Parameter Efficient Fine-Tuning of Language
+Models", arXiv 2308.06522. Stage 1, R1 rounds: one random mask for each dense layer, of density d1, the same for every device
+and round, from a seed; devices train and send the masked entries alone, and with p_k = n_k / sum n
+
+    W <- W + sum p_k dW_k
+
+Between the stages, for each such matrix, W_0 being that of the model which the run began with:
+
+    dW = W_R1 - W_0 = U S V^T        B_0 = U_r S_r        A_0 = V_r^T        W <- W_0
+
+Stage 2: federated LoRA as `lora` (FedIT) from A_0 and B_0, with scale 1 (alpha = r). The head is trained and averaged in both.
+Paper's numbers: d1 = 10 %, r = 10, R1 about a third of the rounds. A density of 100 % is the variant with a full first stage.
+
+Readings: a mask has one entry, drawn at random, in each run of round(1 / d1) consecutive ones (`edge_runtime/masks.py`). Biases,
+layer norms and embeddings are not masked and stay as they are. In both stages devices that can train all blocks take part, as
+with `lora`. Where dW has fewer directions than r, or is zero, the other rows of A are drawn as `lora`'s and the columns of B are
+zero: zeros in both could never be trained. Where R1 is all the rounds there is no second stage: plain sparse training.
+Memory of the start: one matrix of float64 and what its SVD needs, about four times as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from edge_coordinator.methods import lora
+from edge_coordinator.methods.method import Choice, Cohort, Method, Options, State
+from edge_runtime.records import TrainSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def configure(state: State, cohort: Cohort) -> tuple[Mapping[str, Choice], State]:
+    """some rounds of sparse training, whose changes become the adapters that LoRA begins with (SLoRA)"""
+    choices, _ = lora.everywhere(state, cohort)  # rows of the first stage have rank 0, and so do its settings
+    return choices, {**state, "sparse_rounds": sparse_rounds(state, cohort.options)}
+
+
+def sparse_rounds(state: State, options: Options) -> int:
+    """R1: as fleet.toml says, else as the run began with it, else a third of the rounds. So more rounds later do not move it."""
+    return options.sparse_rounds or int(state.get("sparse_rounds", 0)) or max(1, round(options.rounds / 3))
+
+
+def round_settings(state: State, number: int, settings: TrainSettings, options: Options) -> TrainSettings:
+    """Masks and no adapters up to round R1; then adapters with scale 1."""
+    if number > sparse_rounds(state, options):
+        return replace(settings, lora_alpha=float(settings.lora_rank))
+    every = round(1 / options.sparse_density)
+    return replace(settings, lora_rank=0, mask_every=every, mask_seed=settings.seed)
+
+
+def prime(change: Array, fresh: Array) -> tuple[Array, Array]:
+    """A_0 (r, inputs) and B_0 (outputs, r) of what was changed (outputs, inputs): its best product of that rank.
+
+    Args: fresh: A as LoRA draws it, whose rows stand where `change` has no direction.
+    """
+    import numpy as np
+
+    a, b = fresh.copy(), np.zeros((len(change), len(fresh)))
+    left, values, right = np.linalg.svd(change, full_matrices=False)
+    least = values.max(initial=0.0) * max(change.shape) * np.finfo(np.float64).eps  # as numpy's matrix_rank
+    rank = min(len(fresh), int((values > least).sum()))
+    a[:rank], b[:, :rank] = right[:rank], left[:, :rank] * values[:rank]
+    return a, b
+
+
+METHOD = Method(
+    "some rounds of sparse training, whose changes become the adapters that LoRA begins with (SLoRA)",
+    configure,
+    adapters="ab",
+    rank=10,
+    round_settings=round_settings,
+    prime=prime,
+)
