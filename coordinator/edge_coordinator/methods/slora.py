@@ -17,7 +17,7 @@ Readings: a mask has one entry, drawn at random, in each run of round(1 / d1) co
 layer norms and embeddings are not masked and stay as they are. In both stages devices that can train all blocks take part, as
 with `lora`. Where dW has fewer directions than r, or is zero, the other rows of A are drawn as `lora`'s and the columns of B are
 zero: zeros in both could never be trained. Where R1 is all the rounds there is no second stage: plain sparse training.
-Memory of the start: one matrix of float64 and what its SVD needs, about four times as much.
+Memory of the start: one matrix of float64, its product with itself, and what the eigenvectors of that need.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, np.dtype[Any]]
+
+LEAST = 1e-7  # of the largest singular value: smaller ones count as none
 
 
 def configure(state: State, cohort: Cohort) -> tuple[Mapping[str, Choice], State]:
@@ -58,15 +60,22 @@ def round_settings(state: State, number: int, settings: TrainSettings, options: 
 def prime(change: Array, fresh: Array) -> tuple[Array, Array]:
     """A_0 (r, inputs) and B_0 (outputs, r) of what was changed (outputs, inputs): its best product of that rank.
 
+    By the eigenvectors of the smaller of dW dW^T and dW^T dW: a fraction of the time of a whole SVD, and in float64 exact for all
+    but directions of less than `LEAST`.
+
     Args: fresh: A as LoRA draws it, whose rows stand where `change` has no direction.
     """
     import numpy as np
 
+    wide = change if change.shape[0] <= change.shape[1] else change.T
+    squares, vectors = np.linalg.eigh(wide @ wide.T)
+    squares, left = squares[::-1][: len(fresh)], vectors[:, ::-1][:, : len(fresh)]  # the largest first
+    values = np.sqrt(squares[squares > LEAST**2 * squares.max(initial=0.0)])
+    left = left[:, : values.size]
+    right = left.T @ wide / values[:, None]
     a, b = fresh.copy(), np.zeros((len(change), len(fresh)))
-    left, values, right = np.linalg.svd(change, full_matrices=False)
-    least = values.max(initial=0.0) * max(change.shape) * np.finfo(np.float64).eps  # as numpy's matrix_rank
-    rank = min(len(fresh), int((values > least).sum()))
-    a[:rank], b[:, :rank] = right[:rank], left[:, :rank] * values[:rank]
+    inner, outer = (right, left) if wide is change else (left.T, right.T)
+    a[: values.size], b[:, : values.size] = inner, outer * values
     return a, b
 
 
