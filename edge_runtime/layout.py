@@ -146,7 +146,7 @@ def misfit(spec: ModelSpec, plan: Plan) -> str:
         return f"{len(plan.ranks)} ranks for {row.depth} blocks"
     if max(plan.ranks, default=row.rank) > row.rank or row.rank > settings.lora_rank:
         return f"ranks {plan.ranks or row.rank} above {min(row.rank, settings.lora_rank)}"
-    if row.depth and plan.adapters and not row.rank:
+    if plan.adapters and not (settings.lora_rank and (row.rank or not row.depth)):
         return "adapters without a rank"
     if settings.mask_every and (plan.adapters or settings.lora_rank):
         return f"a mask with adapters {plan.adapters!r} of rank {settings.lora_rank}"

@@ -24,7 +24,7 @@ from edge_runtime.cost import Calibration, DataShape, shape_of
 from edge_runtime.engine import Engine, EngineOptions, check_options, find_engine, torch_version
 from edge_runtime.errors import DataError, DoesNotFit, StoreError, TrainingFailed, UsageError
 from edge_runtime.local_lora import beginning, begun, check_lora, results
-from edge_runtime.peft import Adapter, check_adapter_folder, read_adapter, write_adapter
+from edge_runtime.peft import Adapter, check_adapter_folder, fingerprint, read_adapter, write_adapter
 from edge_runtime.planner import check_settings, choose, cost_table, make_plan, mib, over_budget, smaller_rows
 from edge_runtime.records import Budget, CostRow, DeviceProfile, Plan, TrainReport, TrainSettings
 from edge_runtime.source import (
@@ -308,6 +308,7 @@ def train(
             )
         changed, adapter = results(source.spec, chosen, weights, start, planned.adapter, update, scratch)
         if adapter_out and adapter:
+            adapter = replace(adapter, base=fingerprint(source.spec, source.weights))
             write_adapter(adapter_out, adapter, planned.model)
         if out:
             save_folder(out, source.spec, changed, source.tokenizer, base)

@@ -35,7 +35,7 @@ def begun(
     spec, known = source.spec, given.labels == source.spec.labels and not new_head
     if given.head and not known:
         progress("the adapter's head is left out: its labels are not these, or not known")
-    given = check_adapter(given if known else replace(given, head={}, labels=None), spec)
+    given = check_adapter(given if known else replace(given, head={}, labels=None), spec, source.weights)
     source = replace(source, weights={**source.weights, **given.head})
     if settings.lora_rank and settings.lora_rank < given.rank:
         raise UsageError(f"the adapter has rank {given.rank}: ask for no lower --lora-rank than that, or for none")

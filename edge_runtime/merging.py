@@ -105,7 +105,7 @@ def with_adapter(checkpoint: Checkpoint, adapter: Path | None) -> Iterator[Sourc
         )
     checkpoint = replace(checkpoint, labels=labels, max_length=given.max_length or checkpoint.max_length)
     source = open_source(checkpoint, None, cache)
-    given = check_adapter(given, source.spec)
+    given = check_adapter(given, source.spec, source.weights)
     make_folder(cache)
     with tempfile.TemporaryDirectory(dir=cache, prefix="merged.") as folder:
         weights = merged(source.spec, source.weights, given, Path(folder), range(source.spec.num_blocks))

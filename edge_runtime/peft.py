@@ -8,7 +8,7 @@ Not the training (`training/adapters.py`). The format: https://huggingface.co/do
 
 from __future__ import annotations
 
-import math
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -49,6 +49,7 @@ class Adapter:
         head: the task head's tensors; empty where there is none that this family's network could use.
         labels: the head's classes, where they are known.
         max_length: tokens after which texts were cut, where it is known.
+        base: the `fingerprint` of the model that it is added to, where it is known.
     """
 
     tensors: Mapping[str, MappedTensor]
@@ -56,6 +57,7 @@ class Adapter:
     head: Mapping[str, MappedTensor] = field(default_factory=dict)
     labels: tuple[str, ...] | None = None
     max_length: int | None = None
+    base: str = ""
 
     @property
     def rank(self) -> int:
@@ -101,14 +103,26 @@ def read_adapter(folder: Path, family: str) -> Adapter:
     return Adapter(tensors, scales, {} if foreign_head else head, *_ours(folder))
 
 
-def check_adapter(adapter: Adapter, spec: ModelSpec) -> Adapter:
-    """The adapter, if every tensor of it belongs to the model.
+def fingerprint(spec: ModelSpec, weights: Mapping[str, MappedTensor]) -> str:
+    """Of the matrices that adapters are added to: their names and first rows, which any training of them changes."""
+    digest = hashlib.sha256()
+    for name in linear_layers(spec):
+        digest.update(name.encode() + b"\0" + weights[name].rows([0]).astype("<f4", copy=False).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def check_adapter(adapter: Adapter, spec: ModelSpec, weights: Mapping[str, MappedTensor]) -> Adapter:
+    """The adapter, if every tensor of it belongs to the model, and it says of no other base that it is for that.
 
     Raises:
         ModelError: one does not, a layer has only A or only B, or a value is not finite.
     """
     import numpy as np
 
+    if adapter.base and adapter.base != fingerprint(spec, weights):
+        raise ModelError(
+            "the adapter is for another model, or this model has it in already: give the one that it was trained on"
+        )
     shapes = {t.name.removesuffix(".weight"): t.shape for t in spec.tensors if t.name in linear_layers(spec)}
     heads = {t.name: t.shape for t in spec.suffix(0)}
     for stem in adapter.scales:
@@ -136,11 +150,11 @@ def write_adapter(folder: Path, adapter: Adapter, base: str) -> None:
     """
     check_adapter_folder(folder)
     make_folder(folder)
-    theirs = {ours: ending for ending, ours in THEIRS.items()}
+    endings = {mine: ending for ending, mine in THEIRS.items()}
     named = []
     for name, tensor in {**adapter.tensors, **adapter.head}.items():
         stem, dot, last = name.rpartition(".")
-        named.append((PREFIX + stem + theirs.get(dot + last, dot + last), tensor))
+        named.append((PREFIX + stem + endings.get(dot + last, dot + last), tensor))
     ranks = {stem: adapter.tensors[stem + A].shape[0] for stem in adapter.scales}
     rank = adapter.rank
     scale = next(adapter.scales[stem] for stem, own in ranks.items() if own == rank)
@@ -164,7 +178,8 @@ def write_adapter(folder: Path, adapter: Adapter, base: str) -> None:
         "alpha_pattern": {stem: _number(a) for stem, a in alphas.items() if a != scale * rank},
     }
     write_safetensors(folder / WEIGHTS_FILE, named)
-    write_json(folder / EDGE_FILE, {"labels": list(adapter.labels or ()), "max_length": adapter.max_length})
+    known = {"base": adapter.base} if adapter.base else {}
+    write_json(folder / EDGE_FILE, {"labels": list(adapter.labels or ()), "max_length": adapter.max_length, **known})
     write_json(folder / CONFIG_FILE, config)
 
 
@@ -207,7 +222,7 @@ def _scales(
     for stem, module in modules.items():
         own: Any = next((value for key, value in patterns.items() if f".{module}".endswith(f".{key}")), alpha)
         a = tensors.get(stem + A)
-        if type(own) not in (int, float) or not math.isfinite(own) or not 0 < own <= MAX_ALPHA:
+        if type(own) not in (int, float) or not 0 < own <= MAX_ALPHA:
             raise ModelError(f"{folder}: alpha of {stem[:200]!r} must be a number above 0, it is {str(own)[:40]}")
         if a is None or len(a.shape) != 2 or not 1 <= a.shape[0] <= MAX_RANK:
             raise ModelError(f"{folder}: {stem[:200]!r} has no A of rank 1 to {MAX_RANK}")
@@ -215,16 +230,21 @@ def _scales(
     return found
 
 
-def _ours(folder: Path) -> tuple[tuple[str, ...] | None, int | None]:
-    """Labels and max_length, from the file that only we write."""
+def _ours(folder: Path) -> tuple[tuple[str, ...] | None, int | None, str]:
+    """Labels, max_length and the base, from the file that only we write."""
     if not (folder / EDGE_FILE).exists():
-        return None, None
+        return None, None, ""
     found = read_json_object(folder / EDGE_FILE, WANTED)
     labels, length = found.get("labels"), found.get("max_length")
     sound = isinstance(labels, list) and all(isinstance(label, str) and label for label in labels)
-    if not sound or not (length is None or (type(length) is int and 0 < length <= MAX_LENGTH)):
-        raise ModelError(f"{folder / EDGE_FILE} must hold a list of texts as labels, and a max_length")
-    return tuple(labels or ()) or None, length
+    base = found.get("base", "")
+    if (
+        not sound
+        or not isinstance(base, str)
+        or not (length is None or (type(length) is int and 0 < length <= MAX_LENGTH))
+    ):
+        raise ModelError(f"{folder / EDGE_FILE} must hold a list of texts as labels, a max_length, and a text as base")
+    return tuple(labels or ()) or None, length, base
 
 
 def _number(value: float) -> int | float:

@@ -57,7 +57,7 @@ COLUMNS = {
     "smaller": "smaller than f32",
     "lora_share": f"of LoRA r {LORA_RANK}",
     "accuracy": "TREC accuracy",
-    "lost": "points lost",
+    "gained": "points beside f32",
     "wall_s": "s in all",
 }
 
@@ -144,7 +144,7 @@ def row(
     """One codec: means over the seeds; `whole` are the runs of float32."""
     right = float(np.mean([found["accuracy"] for found in runs]))
     sent = int(np.mean([found["bytes_up"] for found in runs]))
-    lost = 100 * (float(np.mean([found["accuracy"] for found in whole])) - right) if whole else None
+    gained = 100 * (right - float(np.mean([found["accuracy"] for found in whole]))) if whole else None
     return bench.make_row(
         name,
         bytes_up=sent,
@@ -152,7 +152,7 @@ def row(
         wall_s=float(np.mean([found["wall_s"] for found in runs])),
         smaller=f"{update_bytes(spec.suffix(depth), 'f32') / sent:.1f} x",
         lora_share=sent / lora,
-        lost=None if lost is None else f"{lost:+.2f}",
+        gained=None if gained is None else f"{gained:+.2f}",
         runs=[dict(found) for found in runs],
     )
 
@@ -277,7 +277,7 @@ def notes(args: argparse.Namespace, lora: int) -> list[str]:
         f"Bytes of an update: the mean over devices and rounds, after zlib where it saves {100 * (1 - PACKED_PAYS):.0f} % or more.",
         f"LoRA r {LORA_RANK} on all linear layers of all blocks with the head, float32: {lora:,} bytes.",
         f"Accuracy after {args.rounds} rounds on TREC's test questions, 45 classes, at most {TREC_LENGTH} tokens; the mean of "
-        f"{args.seeds} seed(s) from {args.seed} on. Points lost: against f32 of the same depth, same batches.",
+        f"{args.seeds} seed(s) from {args.seed} on. Points beside f32 of the same depth, same batches.",
         "topk codecs with error feedback on each device. AdamW, learning rate 2e-4, of the head 2e-3.",
     ]
 

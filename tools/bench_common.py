@@ -75,7 +75,12 @@ def bench_parser(name: str, what: str, *examples: str, rows: bool = True) -> arg
     if rows:
         add("--rows", metavar="TEXT[,TEXT]", help="only rows whose name contains one of these")
         add("--list", action="store_true", help="print the names of all rows and stop")
-    add("--out", type=Path, metavar="FOLDER", help="write a Markdown table and a plot there, for example docs/results")
+    add(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="write a Markdown page there, with plots where a bench has them, for example docs/results",
+    )
     return made
 
 

@@ -110,9 +110,13 @@ def rates_of(text: str) -> list[float]:
 
 
 def small(args: argparse.Namespace) -> None:
-    """--quick: minutes."""
-    args.methods, args.data, args.fleets = "caff,exclusive,head", "trec-coarse", "memory"
-    args.partitions, args.seeds, args.rates = "iid", 1, "1"
+    """--quick: minutes. What to compare stays as it was asked for."""
+    usual = parser().parse_args([])
+    if args.data == usual.data and not args.partitions:
+        args.data, args.partitions = "trec-coarse", "iid"
+    args.methods = "caff,exclusive,head" if args.methods == usual.methods else args.methods
+    args.fleets = "memory" if args.fleets == usual.fleets else args.fleets
+    args.seeds, args.rates = 1, "1"
     args.devices, args.goal, args.rounds, args.epochs, args.examples = 6, 6, 2, 1, 240
 
 

@@ -23,7 +23,7 @@ from edge_runtime.graphs.find import find_graphs
 from edge_runtime.layout import A, layout, masked_tensors
 from edge_runtime.manifest import Manifest, StoredTensor, decode_manifest, encode_manifest, make_manifest
 from edge_runtime.model import TensorSpec
-from edge_runtime.peft import Adapter, write_adapter
+from edge_runtime.peft import Adapter, fingerprint, write_adapter
 from edge_runtime.records import Plan, TrainSettings
 from edge_runtime.source import Source, find_checkpoint, open_source, save_folder
 from edge_runtime.store import BlobStore, cache_folder
@@ -255,7 +255,8 @@ class Models:
         tensors, weights = manifest.mapped_adapters(self.store), manifest.mapped(self.store)
         scales = {name.removesuffix(A): manifest.adapter_scale for name in tensors if name.endswith(A)}
         head = {t.name: weights[t.name] for t in manifest.spec.suffix(0)}
-        adapter = Adapter(tensors, scales, head, manifest.labels, manifest.max_length)
+        base = fingerprint(manifest.spec, weights)
+        adapter = Adapter(tensors, scales, head, manifest.labels, manifest.max_length, base)
         write_adapter(out, adapter, str(first.metrics.get("base", "")))
 
     def _whole(self, version: int) -> Manifest:

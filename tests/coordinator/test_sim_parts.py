@@ -23,7 +23,7 @@ from edge_coordinator.sim.results import Results
 from edge_coordinator.sim.speed import TRAIN, block_flops, measured_gflops, scaled
 from edge_models import bert
 from edge_runtime.cost import Calibration, DataShape, cost, trained
-from edge_runtime.errors import MissingExtra, UsageError
+from edge_runtime.errors import MissingExtra, StoreError, UsageError
 from edge_runtime.manifest import make_manifest
 from edge_runtime.records import Budget, TrainSettings
 
@@ -68,9 +68,14 @@ def test_a_file_brings_classes_and_replaces_built_in_ones(tmp_path: Path) -> Non
     [
         ("[mine]\ngflops = 7\n", "needs memory"),
         ('[mine]\nmemory = "1GB"\nspeed = 7\n', "has no 'speed'"),
-        ('[mine]\nmemory = "1GB"\ngflops = 0\n', "gflops must be a number above 0"),
-        ('[mine]\nmemory = "1GB"\ngflops = true\n', "gflops must be a number above 0"),
-        ('[mine]\nmemory = "1GB"\navailability = 1.5\n', "availability must be above 0 and at most 1"),
+        ('[mine]\nmemory = "1GB"\ngflops = 0\n', "gflops must be a number from 0.001 to 1e.09"),
+        ('[mine]\nmemory = "1GB"\ngflops = true\n', "gflops must be a number from"),
+        ('[mine]\nmemory = "1GB"\ngflops = 1e-300\n', "gflops must be a number from"),
+        ('[mine]\nmemory = "1GB"\nuplink = 2e12\n', "uplink must be a number from 1 to 1e.12"),
+        ('[mine]\nmemory = "1GB"\ndownlink = nan\n', "downlink must be a number from 1 to 1e.12"),
+        ('[mine]\nmemory = "1GB"\navailability = 1.5\n', "availability must be a number from 0.001 to 1"),
+        ('[mine]\nmemory = "1GB"\navailability = 1e-9\n', "availability must be a number from 0.001 to 1"),
+        ("[mine]\nmemory = 0\n", "memory must be above 0"),
         ('[mine]\nmemory = "1GB"\nuplink = ["3MB", "1MB"]\n', "lowest, highest"),
         ('[mine]\nmemory = "lots"\n', "is not a size"),
         ("mine = 3\n", "must be a section"),
@@ -223,6 +228,9 @@ def test_a_device_may_have_budgets_of_its_own(tmp_path: Path) -> None:
     file.write_text("[device-3]\ngflops = 5\n")
     with pytest.raises(UsageError, match=r"\[device-3\] has no 'gflops'; a device has memory, time, upload"):
         read_budgets(file)
+    file.write_text('[device-3]\nmemory = "0MB"\n')
+    with pytest.raises(UsageError, match=r"\[device-3\] memory must be above 0"):
+        read_budgets(file)
 
 
 # the choice among networks
@@ -338,6 +346,43 @@ def test_the_tables_hold_what_the_lines_hold(folder: Path) -> None:
         ]
 
 
+def test_rounds_whose_settings_are_gone_or_damaged_are_not_gone_on_with(folder: Path) -> None:
+    (folder / "sim.json").write_text("[]")
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"sim.json is .*: simulate into another folder"):
+            Results(folder).settings(SETTINGS, dict)
+        (folder / "sim.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("line", ["5", "{}", "[" * 100_000, '{"round": "1"}', "x"])
+def test_a_line_that_is_no_round_is_named(folder: Path, line: str) -> None:
+    with (folder / "rounds.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(StoreError, match=r"rounds.jsonl is damaged \(line 4 is no round\)"):
+        Results(folder)
+
+
+@pytest.mark.parametrize("damage", ["{}", "[]", '{"run": 3}', '{"run": {"method": "caff"}, "figures": {}}'])
+def test_a_comparison_of_what_is_damaged_says_so(folder: Path, damage: str) -> None:
+    (folder / "sim.json").write_text(damage)
+    with pytest.raises(StoreError, match="damaged"):
+        summarise(folder, None)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
+def test_parquet_keeps_texts_that_look_like_something_else(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    results = Results(tmp_path)
+    kinds = ["null", "nan", "007"]
+    results.add(
+        {"round": 1, "reason": "", "devices": [{"device": f"device-{i}", "class": k} for i, k in enumerate(kinds)]}
+    )
+    results.write_tables()
+    assert [row["class"] for row in parquet.read_table(tmp_path / "devices.parquet").to_pylist()] == kinds
+    assert parquet.read_table(tmp_path / "rounds.parquet").to_pylist() == [{"round": 1, "reason": ""}]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
 def test_parquet_holds_what_the_lines_hold(folder: Path) -> None:
     from pyarrow import parquet
@@ -372,6 +417,13 @@ def test_a_plot_needs_matplotlib_and_says_so(folder: Path) -> None:
     else:
         plot([folder], out)
         assert out.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_a_plot_that_cannot_be_written_says_so(folder: Path) -> None:
+    for out in (folder, folder / "nowhere" / "plot.png", folder / "plot.docx"):
+        with pytest.raises(UsageError, match=str(out)):
+            plot([folder], out)
 
 
 def test_a_plot_without_any_accuracy_is_refused(tmp_path: Path) -> None:

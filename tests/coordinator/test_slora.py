@@ -15,8 +15,8 @@ import pytest
 from edge_coordinator.fleet import LEDGER_FILE, init
 from edge_coordinator.ledger import Contribution, Ledger, Member
 from edge_coordinator.methods import METHODS
+from edge_coordinator.methods.best_product import best_product
 from edge_coordinator.methods.method import Options
-from edge_coordinator.methods.slora import prime
 from edge_coordinator.models import Models
 from edge_coordinator.start_version import Primer, begin
 from edge_models import bert
@@ -96,10 +96,10 @@ def test_the_start_holds_one_matrix_at_a_time(tmp_path: Path) -> None:
 
     start = make_manifest(spec, blobs(1), store.put(b"tokenizer"), 9, version=1)
     base = make_manifest(spec, blobs(2), start.tokenizer, 9, version=2)
-    prime(np.eye(3), np.eye(3))  # what numpy imports for it
+    best_product(np.eye(3), np.eye(3))  # what numpy imports for it
     stage = METHODS["slora"].stage({}, 2, 3, TrainSettings(lora_rank=10), Options(rounds=3))
     tracemalloc.start()
-    begin(base, stage, store, Primer(start, prime))
+    begin(base, stage, store, Primer(start, best_product))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10 * (64 * 256 * 8), "18 matrices, the largest of 0.125 MiB in float64"

@@ -128,6 +128,7 @@ def test_a_plan_that_holds_together_fits(spec: ModelSpec) -> None:
         (plan(2, ranks=(1, 5)), "above 4"),
         (plan(2, 8), "above 4"),
         (plan(2, 0), "without a rank"),
+        (plan(0, 0, lora_rank=0), "without a rank"),
         (plan(1, lora_targets=("w",)), "'w' is no linear layer"),
         (plan(1, mask_every=10), "a mask with adapters 'ab'"),
     ],

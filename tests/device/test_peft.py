@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ import pytest
 
 from edge_models import bert
 from edge_runtime.errors import ModelError, UsageError
-from edge_runtime.layout import A, adapter_tensors
+from edge_runtime.layout import A, adapter_tensors, linear_layers
 from edge_runtime.mapped_network import MappedNetwork
 from edge_runtime.merging import with_adapter
-from edge_runtime.peft import Adapter, check_adapter, read_adapter, write_adapter
+from edge_runtime.peft import Adapter, check_adapter, fingerprint, read_adapter, write_adapter
 from edge_runtime.predict import Predictor
 from edge_runtime.source import find_checkpoint
 from edge_runtime.store import cache_folder
+from edge_runtime.weights import MappedTensor
 from tests.golden.make_peft import GOLDEN, LABELS, SPEC, write_base, write_numbers
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -97,7 +99,7 @@ def test_peft_writes_and_reads_now_as_it_did_for_the_golden_files(base: Path, tm
 def test_an_adapter_that_was_written_is_read_again(tmp_path: Path) -> None:
     adapter = ours(tmp_path, {1: 3}, {1: 1.5})
     write_adapter(tmp_path / "a", adapter, "base")
-    again = check_adapter(read_adapter(tmp_path / "a", FAMILY), SPEC)
+    again = check_adapter(read_adapter(tmp_path / "a", FAMILY), SPEC, {})
     assert (again.scales, again.labels, again.max_length, again.rank) == (adapter.scales, LABELS, 30, 3)
     for name, place in {**adapter.tensors, **adapter.head}.items():
         assert np.array_equal({**again.tensors, **again.head}[name].array(), place.array())
@@ -166,6 +168,7 @@ def rewrite(
         ({"lora_alpha": 0}, "alpha of"),
         ({"lora_alpha": float("nan")}, "alpha of"),
         ({"lora_alpha": 1e300}, "alpha of"),
+        ({"lora_alpha": 10**400}, "alpha of"),
         ({"lora_alpha": True}, "alpha of"),
         ({"alpha_pattern": {"(a+)+$": 2}}, "plain names"),
         ({"alpha_pattern": [1]}, "plain names"),
@@ -229,14 +232,29 @@ def test_tensors_that_are_not_this_models_are_refused(
             tensors[name] = np.zeros(shape, np.float32)
     files.save_file(tensors, path)
     with pytest.raises(ModelError) as caught:
-        check_adapter(read_adapter(theirs, FAMILY), SPEC)
+        check_adapter(read_adapter(theirs, FAMILY), SPEC, {})
     assert why in str(caught.value)
 
 
 def test_values_that_are_not_finite_are_refused(theirs: Path) -> None:
     rewrite(theirs, change=lambda name, values: values * np.float32("inf") if "lora_A" in name else values)
     with pytest.raises(ModelError, match="not finite"):
-        check_adapter(read_adapter(theirs, FAMILY), SPEC)
+        check_adapter(read_adapter(theirs, FAMILY), SPEC, {})
+
+
+def test_an_adapter_is_for_the_base_that_it_was_trained_on(tmp_path: Path) -> None:
+    base = write_numbers(tmp_path / "base.f32", SPEC.tensors)
+    adapter = replace(ours(tmp_path, {1: 3}, {1: 1.5}), base=fingerprint(SPEC, base))
+    write_adapter(tmp_path / "a", adapter, "base")
+    read = read_adapter(tmp_path / "a", FAMILY)
+    assert check_adapter(read, SPEC, base).base == adapter.base
+    matrix = next(t for t in SPEC.tensors if t.name in linear_layers(SPEC))
+    values = base[matrix.name].array() * np.float32(1.001)  # as with an adapter added in
+    values.tofile(tmp_path / "other.f32")
+    other = {**base, matrix.name: MappedTensor(str(tmp_path / "other.f32"), 0, matrix.shape)}
+    with pytest.raises(ModelError, match="for another model, or this model has it in already"):
+        check_adapter(read, SPEC, other)
+    assert check_adapter(replace(read, base=""), SPEC, other), "one that says nothing, such as PEFT's, is taken"
 
 
 def test_a_pickle_is_never_read(theirs: Path) -> None:

@@ -26,7 +26,7 @@ from edge_coordinator.sim.data import cut, shape_of
 from edge_coordinator.sim.making import SimOptions
 from edge_coordinator.sim.simulation import Simulation
 from edge_runtime.data import Example
-from edge_runtime.errors import UsageError
+from edge_runtime.errors import EdgeError, UsageError
 from edge_runtime.local import DataOptions, read_shape
 from edge_runtime.store import cache_folder
 from edge_runtime.training.corpus import Corpus, build_corpus
@@ -221,6 +221,51 @@ def test_a_finished_simulation_is_not_simulated_again_and_may_have_more_rounds(w
 def test_a_folder_keeps_to_its_simulation(undisturbed: Path, world: World) -> None:
     with pytest.raises(UsageError, match="another dropout: 0.2, now 0.1"):
         simulate(undisturbed, world.options(dropout=0.1))
+    with pytest.raises(UsageError, match="another reading"):
+        simulate(undisturbed, world.options(reading=DataOptions(bad_rows="skip")))
+
+
+def test_wrong_options_do_not_hold_a_folder(world: World, tmp_path: Path) -> None:
+    folder = world.fleet("corrected", rounds=1)
+    budgets = tmp_path / "classes.toml"
+    budgets.write_text(world.classes.read_text() + '[device-9]\ntime = "9s"\n')
+    for wrong, message in (
+        ({"devices": 60_000}, "60000 devices"),
+        ({"partition": "by:nope"}, "nope"),
+        ({"class_file": budgets}, "there is no device-9, the devices are device-0 to device-5"),
+    ):
+        with pytest.raises(EdgeError, match=message):
+            simulate(folder, world.options(**wrong))
+    simulate(folder, world.options())
+    assert rounds_of(folder)[-1]["round"] == 1
+
+
+def test_a_run_with_adapters_that_is_stopped_in_its_first_round_ends_as_if_undisturbed(world: World) -> None:
+    """Its first version has no adapters: those that round 1 begins with count as fetched with it, and not again in round 2."""
+    options = world.options(test=None)
+    whole, broken = (world.fleet(name, method="ffa-lora", rounds=2) for name in ("ffa-whole", "ffa-broken"))
+    simulate(whole, options)
+    seen: list[dict[str, Any]] = []
+    with pytest.raises(KeyboardInterrupt):
+        simulate(broken, options, seen.append, lambda: len(seen) < 2)
+    simulate(broken, options)
+    assert rounds_of(broken) == rounds_of(whole)
+    parts = rounds_of(whole)[1]
+    assert set(parts["changed_parts"]) < set(parts["begun_parts"]) | {2}, "A has not changed in round 1"
+
+
+def test_an_update_that_is_gone_or_cut_is_trained_again(undisturbed: Path, world: World) -> None:
+    folder = world.fleet("cut")
+    seen: list[dict[str, Any]] = []
+    with pytest.raises(KeyboardInterrupt):
+        simulate(folder, world.options(), seen.append, lambda: len(seen) < 3)
+    updates = sorted((folder / "work").glob("*.update"))
+    assert updates
+    for number, path in enumerate(updates):
+        path.unlink() if number % 2 else os.truncate(path, 100)
+    simulate(folder, world.options())
+    assert rounds_of(folder) == rounds_of(undisturbed)
+    assert tensors(folder) == tensors(undisturbed)
 
 
 def test_a_real_fleets_folder_is_refused(world: World) -> None:
@@ -277,6 +322,32 @@ def test_whom_nothing_fits_is_counted_and_the_round_goes_on(world: World) -> Non
     simulate(folder, world.options(devices=4, classes="here:3,tiny:1", class_file=tiny, partition="iid", dropout=0.0))
     row = rounds_of(folder)[1]
     assert (row["state"], row["unable"], row["committed"]) == ("published", 1, 3)
+
+
+def test_a_run_in_which_nothing_fits_says_why_and_ends_with_another_exit_code(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = world.folder / "only-tiny.toml"
+    tiny.write_text('[tiny]\nmemory = "2MB"\n')
+    folder = world.fleet("only-tiny", rounds=1, goal=4)
+    command = [
+        "sim",
+        "--fleet",
+        folder,
+        "--data",
+        world.data,
+        "--devices",
+        3,
+        "--classes",
+        "tiny",
+        "--class-file",
+        tiny,
+    ]
+    assert main([*map(str, command)]) == 5
+    row = rounds_of(folder)[1]
+    assert row["state"] == "failed" and "3 unable: " in row["reason"] and "MiB" in row["reason"]
+    said = capsys.readouterr().err
+    assert "3 unable" in said and "goal is 4 of 3 devices" in said and "no round was published" in said
 
 
 def test_the_model_of_a_simulation_is_listed_and_exported_like_any(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edge_coordinator.cli import main
-from edge_coordinator.methods.slora import prime
+from edge_coordinator.methods.best_product import best_product
 from edge_coordinator.start_adapters import fresh_a
 from edge_runtime.layout import MASKED, A, B, layout
 from edge_runtime.manifest import Manifest
@@ -433,7 +433,7 @@ def test_a_start_of_more_ranks_than_there_are_directions_keeps_random_rows_besid
     fresh = fresh_a(1, 0, "x", (6, 12))
     for rank in range(5):
         change = chance.normal(size=(4, rank)) @ chance.normal(size=(rank, 12))
-        a, b = prime(change, fresh)
+        a, b = best_product(change, fresh)
         assert np.abs(b @ a - change).max() < 1e-12
         assert (a[rank:] == fresh[rank:]).all() and not b[:, rank:].any()
         assert np.linalg.norm(a, axis=1).min() > 0.1
@@ -442,7 +442,7 @@ def test_a_start_of_more_ranks_than_there_are_directions_keeps_random_rows_besid
 
 def test_a_start_is_the_best_product_of_its_rank_and_balanced_as_the_paper_has_it() -> None:
     change = np.random.default_rng(4).normal(size=(20, 9))
-    a, b = prime(change, fresh_a(1, 0, "x", (3, 9)))
+    a, b = best_product(change, fresh_a(1, 0, "x", (3, 9)))
     values = np.linalg.svd(change, compute_uv=False)
     assert np.isclose(np.linalg.norm(change - b @ a), np.linalg.norm(values[3:]))
     assert np.allclose(a @ a.T, np.eye(3)) and np.allclose(b.T @ b, np.diag(values[:3] ** 2))

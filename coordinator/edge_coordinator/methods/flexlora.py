@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from edge_coordinator.methods.best_product import best_product
 from edge_coordinator.methods.lora import largest_rank
 from edge_coordinator.methods.method import Change, Collected, Method, State, Trained
 from edge_runtime.layout import A, B
@@ -33,18 +34,13 @@ def aggregate(state: State, collected: Collected) -> tuple[Iterator[Change], Sta
 
 
 def _changes(collected: Collected) -> Iterator[Change]:
-    import numpy as np
-
     yield from collected.means()
     for matrix in collected.adapted:
         product = mean_product(matrix, collected.trained(matrix))
         if not product.any():  # nobody trained it, or to nothing: no directions to choose
             continue
-        left, values, right = np.linalg.svd(product, full_matrices=False)
-        a, b = collected.adapter(matrix)
-        rank = min(len(a), len(values))  # the rest of a rank above the matrix's own stays, and adds nothing
-        a[:rank], b[:, :rank] = right[:rank], left[:, :rank] * values[:rank]
-        b[:, rank:] = 0.0
+        a, _ = collected.adapter(matrix)  # rows beyond the product's directions stay, and add nothing
+        a, b = best_product(product, a)
         stem = matrix.name.removesuffix(".weight")
         yield Change(stem + A, a, replaces=True)
         yield Change(stem + B, b, replaces=True)

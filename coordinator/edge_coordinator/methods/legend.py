@@ -103,7 +103,7 @@ def rates(rows: Sequence[CostRow], ranks: Sequence[int], epochs: int, ratio: flo
     """A device's rates, from its rows by depth, what its training takes of the promised seconds, and its uplink (0: not known)."""
     head, deepest = rows[0], rows[-1]
     block_s = (deepest.total_s(epochs) - head.total_s(epochs)) / max(1, deepest.depth)
-    sent = [row.upload_bytes / uplink_bytes_per_s if uplink_bytes_per_s else 0.0 for row in (head, deepest)]
+    sent = [row.upload_bytes / max(1.0, uplink_bytes_per_s) if uplink_bytes_per_s else 0.0 for row in (head, deepest)]
     rank_s = (sent[1] - sent[0]) / max(1, deepest.depth * deepest.rank)
     return Rates(head.total_s(epochs) * ratio + sent[0], max(0.0, block_s) * ratio, max(0.0, rank_s))
 

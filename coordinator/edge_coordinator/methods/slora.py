@@ -27,6 +27,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edge_coordinator.methods import lora
+from edge_coordinator.methods.best_product import best_product
 from edge_coordinator.methods.method import Choice, Cohort, Method, Options, State
 from edge_runtime.records import TrainSettings
 
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, np.dtype[Any]]
-
-LEAST = 1e-7  # of the largest singular value: smaller ones count as none
 
 
 def configure(state: State, cohort: Cohort) -> tuple[Mapping[str, Choice], State]:
@@ -57,33 +56,11 @@ def round_settings(state: State, number: int, settings: TrainSettings, options: 
     return replace(settings, lora_rank=0, mask_every=every, mask_seed=settings.seed)
 
 
-def prime(change: Array, fresh: Array) -> tuple[Array, Array]:
-    """A_0 (r, inputs) and B_0 (outputs, r) of what was changed (outputs, inputs): its best product of that rank.
-
-    By the eigenvectors of the smaller of dW dW^T and dW^T dW: a fraction of the time of a whole SVD, and in float64 exact for all
-    but directions of less than `LEAST`.
-
-    Args: fresh: A as LoRA draws it, whose rows stand where `change` has no direction.
-    """
-    import numpy as np
-
-    wide = change if change.shape[0] <= change.shape[1] else change.T
-    squares, vectors = np.linalg.eigh(wide @ wide.T)
-    squares, left = squares[::-1][: len(fresh)], vectors[:, ::-1][:, : len(fresh)]  # the largest first
-    values = np.sqrt(squares[squares > LEAST**2 * squares.max(initial=0.0)])
-    left = left[:, : values.size]
-    right = left.T @ wide / values[:, None]
-    a, b = fresh.copy(), np.zeros((len(change), len(fresh)))
-    inner, outer = (right, left) if wide is change else (left.T, right.T)
-    a[: values.size], b[:, : values.size] = inner, outer * values
-    return a, b
-
-
 METHOD = Method(
     "some rounds of sparse training, whose changes become the adapters that LoRA begins with (SLoRA)",
     configure,
     adapters="ab",
     rank=10,
     round_settings=round_settings,
-    prime=prime,
+    prime=best_product,
 )

@@ -95,6 +95,7 @@ BUILT_IN: Mapping[str, DeviceClass] = {
 DEVICE = re.compile(r"device-\d+")  # a section of this name is no class but one device's own budgets
 BUDGET_KEYS = ("memory", "time", "upload")
 KEYS = ("memory", "gflops", "uplink", "downlink", "availability", "time", "upload")
+RANGES = {"gflops": (1e-3, 1e9), "uplink": (1.0, 1e12), "downlink": (1.0, 1e12), "availability": (1e-3, 1.0)}
 
 
 def read_classes(path: Path | None) -> dict[str, DeviceClass]:
@@ -144,7 +145,7 @@ def _own_budget(name: str, values: Mapping[str, Any]) -> OwnBudget:
         if key not in BUDGET_KEYS:
             raise UsageError(f"has no {key!r}; a device has {', '.join(BUDGET_KEYS)}")
     return OwnBudget(
-        parse_bytes(str(values["memory"])) if "memory" in values else None,
+        _memory(values) if "memory" in values else None,
         parse_seconds(str(values["time"])) if "time" in values else None,
         parse_bytes(str(values["upload"])) if "upload" in values else None,
     )
@@ -162,11 +163,9 @@ def _one_class(name: str, values: Mapping[str, Any]) -> DeviceClass:
     if links[0] > links[1]:
         raise UsageError(f"uplink {uplink!r} must be [lowest, highest]")
     availability = _number("availability", values.get("availability", 1.0))
-    if availability > 1:
-        raise UsageError(f"availability must be above 0 and at most 1, it is {availability}")
     return DeviceClass(
         name,
-        parse_bytes(str(values["memory"])),
+        _memory(values),
         _number("gflops", values["gflops"]) if "gflops" in values else None,
         links,
         _per_second("downlink", values.get("downlink", DOWNLINK)),
@@ -176,14 +175,22 @@ def _one_class(name: str, values: Mapping[str, Any]) -> DeviceClass:
     )
 
 
+def _memory(values: Mapping[str, Any]) -> int:
+    size = parse_bytes(str(values["memory"]))
+    if not size:
+        raise UsageError("memory must be above 0: a device without any trains nothing")
+    return size
+
+
 def _per_second(key: str, value: object) -> float:
     """Bytes a second, as a number or a size."""
     return _number(key, float(parse_bytes(value)) if isinstance(value, str) else value)
 
 
 def _number(key: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e15:
-        raise UsageError(f"{key} must be a number above 0, it is {value!r}")
+    low, high = RANGES[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise UsageError(f"{key} must be a number from {low:g} to {high:g}, it is {str(value)[:40]!r}")
     return float(value)
 
 

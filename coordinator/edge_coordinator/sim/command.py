@@ -12,7 +12,7 @@ from edge_coordinator.sim import ENGINES
 from edge_coordinator.sim.classes import BUILT_IN
 from edge_coordinator.sim.partition import HELP
 from edge_runtime.console import INTERRUPTED, Commands, new_parser, note, print_json, table, until_told_to_stop
-from edge_runtime.errors import UsageError
+from edge_runtime.errors import DoesNotFit, UsageError
 from edge_runtime.store import lock_folder
 
 if TYPE_CHECKING:
@@ -132,7 +132,10 @@ def run_sim(args: argparse.Namespace) -> int:
             return INTERRUPTED
     if not args.json:
         _print([args.fleet], None, as_json=False)
-    return 0
+    if simulation.num_published:
+        return 0
+    note("no round was published: see `reason` in devices.csv")
+    return DoesNotFit.exit_code
 
 
 def run_compare(args: argparse.Namespace) -> int:

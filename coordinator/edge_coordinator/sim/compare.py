@@ -9,7 +9,7 @@ from typing import Any
 from edge_coordinator.sim.progress import duration
 from edge_coordinator.sim.results import Row, read_results
 from edge_runtime.console import table
-from edge_runtime.errors import UsageError
+from edge_runtime.errors import StoreError, UsageError
 from edge_runtime.optional import require
 from edge_runtime.planner import mib
 
@@ -34,8 +34,17 @@ def summarise(folder: Path, target: float | None) -> Row:
 
     Args:
         target: the accuracy to reach; `target_s` is when it was, None if it was not.
+
+    Raises:
+        UsageError: the folder holds no simulation. StoreError: what it holds is damaged.
     """
-    settings, rounds = read_results(folder)
+    try:
+        return _summary(folder, target, *read_results(folder))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{folder} holds results that are damaged, or of another version ({error!r})") from None
+
+
+def _summary(folder: Path, target: float | None, settings: Row, rounds: Sequence[Row]) -> Row:
     done = [row for row in rounds if row["round"] > 0]
     published = [row for row in done if row["state"] == "published"]
     measured = [row for row in rounds if row.get("accuracy") is not None]
@@ -72,8 +81,10 @@ def plot(folders: Sequence[Path], out: Path) -> None:
 
     Raises:
         MissingExtra: matplotlib is not installed.
-        UsageError: no run has an accuracy to show, or the suffix names no image format.
+        UsageError: no run has an accuracy to show, the suffix names no image format, or the file cannot be written.
     """
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder: give --plot a file such as accuracy.png")
     lines = []
     for folder in folders:
         measured = [row for row in read_results(folder)[1] if row.get("accuracy") is not None]
@@ -92,8 +103,8 @@ def plot(folders: Sequence[Path], out: Path) -> None:
     axes.legend()
     try:
         figure.savefig(out)
-    except ValueError as error:
-        raise UsageError(f"{out}: {error}") from None
+    except (ValueError, OSError) as error:
+        raise UsageError(f"--plot {out}: {error}") from None
 
 
 def _cells(row: Row, target: float | None) -> list[str]:

@@ -26,7 +26,7 @@ from edge_coordinator.sim.residuals import Residuals
 from edge_runtime.codecs import CODECS, update_bytes
 from edge_runtime.cost import Calibration, DataShape
 from edge_runtime.engine import Engine
-from edge_runtime.errors import DoesNotFit
+from edge_runtime.errors import DoesNotFit, UsageError
 from edge_runtime.layout import A, layout
 from edge_runtime.manifest import Manifest, StoredTensor
 from edge_runtime.model import ModelSpec
@@ -41,6 +41,7 @@ from edge_runtime.version import software
 from edge_runtime.wire import Ack, Grant, Join, Offer, Round, Status, decode, encode, to_plain
 
 USER = "devices"
+MAX_DRAWS = 10_000  # of who is online, while a round waits for somebody to join
 BOOT = bytes(8)
 
 
@@ -202,6 +203,11 @@ class VirtualFleet:
         """Some devices are online. While the round waits for more, others may come, one draw for each waiting time."""
         if self._round != round_ or any("depth" in row for row in self.rows.values()):
             return
+        if self._draws == MAX_DRAWS:
+            raise UsageError(
+                f"round {round_.round}: nobody could join in {MAX_DRAWS} waiting times of {round_.join_within_s:g} s: "
+                "the classes' availability or downlink is too low for this model"
+            )
         fresh = []
         for device in self.devices.values():
             if device.name in self.rows:
@@ -236,7 +242,8 @@ class VirtualFleet:
         try:
             choose(table, budget, round_.settings.epochs)
         except DoesNotFit as error:
-            reason, row["status"] = str(error), "unable"
+            reason = str(error)
+            row |= {"status": "unable", "reason": reason}
         least = min(r.peak_bytes for r in table)
         examples = device.data.num_examples
         join = Join(

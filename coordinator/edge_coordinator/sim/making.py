@@ -74,8 +74,12 @@ def check_options(options: SimOptions) -> None:
             raise UsageError(f"{flag} must be at least 1, it is {value}")
     if options.engine not in ENGINES:
         raise UsageError(f"--engine must be one of {', '.join(ENGINES)}, it is {options.engine!r}")
-    if options.devices is not None and options.devices > MAX_DEVICES:
-        raise UsageError(f"--devices may be {MAX_DEVICES} at most, it is {options.devices}")
+    if options.devices is None and not parse_partition(options.partition).column:
+        raise UsageError("--devices is missing: how many devices to simulate")
+    if options.devices is not None and not 1 <= options.devices <= MAX_DEVICES:
+        raise UsageError(f"--devices must be from 1 to {MAX_DEVICES}, it is {options.devices}")
+    if options.class_file is not None and not options.class_file.is_file():
+        raise UsageError(f"{options.class_file} is no file: give the classes to --class-file, or leave it away")
     if options.reading.bad_rows == "skip" and parse_partition(options.partition).column:
         raise UsageError("--skip-bad-rows cannot go with --partition by:COLUMN: correct the rows")
     for path in (options.data, options.test):
@@ -101,6 +105,10 @@ def make_devices(options: SimOptions, labels: Sequence[str], corpus: Corpus, see
         name, (low, high) = f"device-{number}", kind.uplink_bytes_per_s
         uplink = low + (high - low) * chance(seed, "uplink", name)
         devices.append(VirtualDevice(name, kind, packed(part), shape_of(corpus, part), uplink, own.get(name)))
+    if unknown := sorted(own.keys() - {device.name for device in devices}):
+        raise UsageError(
+            f"{options.class_file}: there is no {unknown[0]}, the devices are device-0 to device-{len(devices) - 1}"
+        )
     return devices
 
 

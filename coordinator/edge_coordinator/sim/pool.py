@@ -69,9 +69,9 @@ class Pool:
 
     def submit(self, due_s: float, name: str, make_job: MakeJob) -> None:
         """Train for `name` some time; `make_job(scratch)` gives the worker's job when it begins."""
-        report = read_json(self._folder / f"{name}.json")
-        if report is not None:
-            self._done[name] = self._read(name, report)
+        kept = read_json(self._folder / f"{name}.json")
+        if self._is_whole(name, kept):
+            self._done[name] = self._read(name, kept["report"])
             return
         heapq.heappush(self._waiting, (due_s, name, make_job))
         self._fill()
@@ -116,7 +116,7 @@ class Pool:
             scratch = self._scratch(name)
             shutil.rmtree(scratch, ignore_errors=True)
             make_folder(scratch, mode=0o700)
-            job = {**make_job(scratch), "update": str((self._folder / f"{name}.update").absolute())}
+            job = {**make_job(scratch), "update": str(self._update(name).absolute())}
             self._running[name] = self._start(job)
 
     def _poll(self) -> bool:
@@ -137,15 +137,26 @@ class Pool:
     def _end(self, name: str, report: dict[str, Any]) -> bool:
         del self._running[name]
         shutil.rmtree(self._scratch(name), ignore_errors=True)
-        write_json(self._folder / f"{name}.json", report)
+        size = 0 if "failure" in report else self._update(name).stat().st_size
+        write_json(self._folder / f"{name}.json", {"report": report, "update_bytes": size})
         self._done[name] = self._read(name, report)
         return True
 
+    def _is_whole(self, name: str, kept: Any) -> bool:
+        """Whether a training is done and on the disk with its update; else it is done, or done again."""
+        if not isinstance(kept, dict) or not kept.keys() >= {"report", "update_bytes"}:
+            return False
+        update = self._update(name)
+        return "failure" in kept["report"] or (update.is_file() and update.stat().st_size == kept["update_bytes"])
+
     def _read(self, name: str, report: dict[str, Any]) -> Trained:
-        update = self._folder / f"{name}.update"
+        update = self._update(name)
         if "failure" in report:
             return Trained(update, None, report["failure"])
         return Trained(update, from_plain(TrainReport, report, "report"))
+
+    def _update(self, name: str) -> Path:
+        return self._folder / f"{name}.update"
 
     def _scratch(self, name: str) -> Path:
         return self._folder / f"{name}.scratch"

@@ -52,15 +52,17 @@ class Results:
             UsageError: the folder holds results of another simulation; names the first difference.
         """
         path = self.folder / SETTINGS_FILE
-        known = read_json(path)
+        known = _settings(path)
         if known is None:
+            if self.last is not None:
+                raise StoreError(f"{path} is missing, and rounds are there: simulate into another folder")
             fresh = {**wanted, **measured()}
             write_json(path, fresh)
             return fresh
         for key, value in json.loads(json.dumps(wanted)).items():
             if known.get(key) != value:
                 raise UsageError(
-                    f"{self.folder} holds a simulation with another {key}: {known.get(key)!r}, now {value!r}; "
+                    f"{self.folder} holds a simulation with another {_difference(key, known.get(key), value)}; "
                     "give the same again to go on with it, or `edge-coordinator init` another folder"
                 )
         return dict(known)
@@ -88,7 +90,8 @@ class Results:
             table = _write_csv(self.folder / f"{name}.csv", header, rows())
             written.append(table)
             if importlib.util.find_spec("pyarrow"):
-                written.append(_write_parquet(table.with_suffix(".parquet"), table))
+                texts = {key for row in rows() for key, value in row.items() if isinstance(value, str)}
+                written.append(_write_parquet(table.with_suffix(".parquet"), table, texts))
         return written
 
 
@@ -105,28 +108,54 @@ def _repair(path: Path) -> None:
             file.truncate(whole)
 
 
+def _difference(key: str, before: Any, now: Any) -> str:
+    """Where two settings differ first, for people."""
+    if key in ("data", "test") and before and now:
+        return f"--{key} file"
+    if isinstance(before, dict) and isinstance(now, dict):
+        inner = next(k for k in (*now, *before) if before.get(k) != now.get(k))
+        return _difference(f"{key}.{inner}", before.get(inner), now.get(inner))
+    return f"{key}: {before!r}, now {now!r}"
+
+
+def _settings(path: Path) -> Row | None:
+    """sim.json; None where there is none."""
+    try:
+        found = read_json(path)
+    except StoreError:
+        found = ()
+    if found is not None and not isinstance(found, dict):
+        raise StoreError(f"{path} is damaged: simulate into another folder")
+    return found
+
+
 def _read_rounds(path: Path) -> Iterator[Row]:
     """Every whole line."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error}") from None
     with file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
                 try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise StoreError(f"{path} is damaged ({error}): simulate into another folder") from None
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    row = None
+                if not isinstance(row, dict) or type(row.get("round")) is not int:
+                    raise StoreError(f"{path} is damaged (line {number} is no round): simulate into another folder")
+                yield row
 
 
 def read_results(folder: Path) -> tuple[Row, list[Row]]:
     """-> (sim.json, the rounds) of a simulation that is finished, stopped or under way.
 
     Raises:
-        UsageError: there is none in the folder.
+        UsageError: there is none in the folder. StoreError: what is there is damaged.
     """
-    settings = read_json(folder / SETTINGS_FILE)
+    settings = _settings(folder / SETTINGS_FILE)
     if settings is None:
         raise UsageError(f"{folder} holds no simulation: there is no {SETTINGS_FILE}")
     return settings, list(_read_rounds(folder / ROUNDS_FILE))
@@ -158,10 +187,12 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Row]) -> Path:
     return path
 
 
-def _write_parquet(path: Path, table: Path) -> Path:
-    """The same, with the types that its columns have."""
+def _write_parquet(path: Path, table: Path, texts: Iterable[str]) -> Path:
+    """The same, with the types that its columns have: a text stays one, whatever it looks like."""
     read = require("pyarrow.csv", extra="sim")
     parquet = require("pyarrow.parquet", extra="sim")
+    kinds = read.ConvertOptions(column_types=dict.fromkeys(texts, require("pyarrow", extra="sim").string()))
+    parsing = read.ParseOptions(newlines_in_values=True)
     with atomic_writer(path) as file:
-        parquet.write_table(read.read_csv(table, parse_options=read.ParseOptions(newlines_in_values=True)), file)
+        parquet.write_table(read.read_csv(table, parse_options=parsing, convert_options=kinds), file)
     return path

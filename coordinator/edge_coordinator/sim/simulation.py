@@ -6,8 +6,10 @@ A simulation's folder is a fleet's folder with result files in it; after a kill 
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,10 +74,12 @@ class Simulation:
         self.corpus = Corpus(self._prepared.corpus)
         self.engine = _engine(manifest, self.models, say)
         kinds = [kind for kind, _ in options.kinds]
-        settings = self.results.settings(self._description(kinds), lambda: self._calibrated(manifest, say))
         self.spec: ModelSpec = manifest.spec
+        devices = make_devices(
+            options, self.spec.labels, self.corpus, config.train.seed
+        )  # says what is wrong with options
+        settings = self.results.settings(self._description(kinds), lambda: self._calibrated(manifest, say))
         calibrated, masked = (self._of_classes(settings.get(name), kinds) for name in ("calibration", MASKED))
-        devices = make_devices(options, self.spec.labels, self.corpus, config.train.seed)
         self._enroll([d.name for d in devices])
 
         last = self.results.last or {"round": 0, "closed_s": 0.0, "devices": []}
@@ -91,6 +95,10 @@ class Simulation:
         )  # fmt: skip
         self.virtual.recall(last)
         self._recall(devices)
+        if config.run.goal > len(devices):
+            say(
+                f"[run] goal is {config.run.goal} of {len(devices)} devices: every round waits join_timeout_s for more of them"
+            )
         self._opened_s = self.clock.now_s
         self._counts: dict[str, int] = {}  # of the round that is open
         self._ended: dict[str, Any] = {}  # the coordinator's event that ended a round, until it is in the results
@@ -104,6 +112,11 @@ class Simulation:
     def finished(self) -> bool:
         """Every round of the run is in the results."""
         return self.server.run.finished and not self._ended
+
+    @property
+    def num_published(self) -> int:
+        """Rounds that gave a model."""
+        return sum(row["state"] == "published" for row in self.results.rows())
 
     def run(self) -> None:
         """Simulate until the run has had its rounds.
@@ -166,6 +179,10 @@ class Simulation:
         elif kind in ("round-published", "round-failed"):
             self._ended = event
             self.clock.at(now_s + run.pause_s, nothing)
+        elif kind == "bad-message":  # of our own devices: a value of their class that no message may hold
+            raise UsageError(
+                f"{event['device']} said what no device may say: {event['reason']}; is a figure of its class too large?"
+            )
         elif kind == "storage-error":  # a coordinator waits for the disk to be mended; nobody mends it in virtual time
             raise StoreError(event["reason"])
 
@@ -189,7 +206,7 @@ class Simulation:
             **_summary(work, self._counts),
             "num_examples": event.get("num_examples", 0),
             "mean_loss": event.get("mean_loss"),
-            "reason": event.get("reason", ""),
+            "reason": "; ".join(filter(None, [event.get("reason", ""), "" if published else _why(work)])),
         }
         last = event["round"] >= self.fleet.config.run.rounds
         if self.options.test and (last or event["round"] % self.options.evaluate_every == 0):
@@ -291,6 +308,7 @@ class Simulation:
             "train": to_plain(config.train),
             "data": file_sha256(options.data).hex(),
             "test": file_sha256(options.test).hex() if options.test else "",
+            "reading": dataclasses.asdict(options.reading),
             "devices": options.devices,
             "classes": options.classes,
             "figures": {kind.name: to_plain(kind) for kind in kinds},
@@ -366,6 +384,13 @@ def _start(options: SimOptions) -> tuple[Start, int]:
         return cluster.start, options.workers or cluster.workers
     cores = hardware.usable_cores()
     return on_this_machine(options.threads), options.workers or max(1, cores // options.threads)
+
+
+def _why(work: Sequence[Mapping[str, Any]]) -> str:
+    """Why a round had too few updates: what became of most of its devices, and what one of the unable ones said."""
+    counts = Counter(str(row["status"]) for row in work)
+    said = next((str(row["reason"]) for row in work if row["status"] == "unable"), "")
+    return ", ".join(f"{number} {status}" for status, number in counts.most_common()) + (f": {said}" if said else "")
 
 
 def _summary(work: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> Row:
