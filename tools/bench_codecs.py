@@ -58,7 +58,6 @@ COLUMNS = {
     "lora_share": f"of LoRA r {LORA_RANK}",
     "accuracy": "TREC accuracy",
     "gained": "points beside f32",
-    "wall_s": "s in all",
 }
 
 
