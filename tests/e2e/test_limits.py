@@ -121,7 +121,7 @@ from edge_runtime.planner import make_plan
 
 data, out, backend, optimizer, take = sys.argv[1:]
 device = Device.measure(1, speed=False)
-settings = TrainSettings(epochs=3, batch_size=16, optimizer=optimizer)
+settings = TrainSettings(epochs=5, batch_size=16, optimizer=optimizer)  # it must outlast the filling, also on a busy machine
 planned = plan("minilm-l3", data, settings=settings, device=device, engine=EngineOptions(backend), max_length=64)
 shape = planned.prepared.data
 spec = planned.source.spec
@@ -134,7 +134,7 @@ def fill(num_bytes, more=24, piece=8 << 20):
     taken = [bytearray(num_bytes - more * piece)]  # zeros are written: it is resident
     for _ in range(more):
         taken.append(bytearray(piece))
-        time.sleep(0.1)
+        time.sleep(0.05)
     time.sleep(600)
 
 def progress(step, steps, loss):
@@ -168,7 +168,7 @@ def test_training_goes_on_in_smaller_pieces_when_memory_gets_short(
     left = train("enough", 0)
     taken = train("short", left["least"] - 8 * MIB)
     assert left["backed_off"] == 0 and taken["backed_off"] >= 1
-    assert taken["steps"] == left["steps"] == 36
+    assert taken["steps"] == left["steps"] == 60
     assert (taken["checkpointing"], -taken["micro_batch"]) > (left["checkpointing"], -left["micro_batch"])
     assert taken["first_loss"] == left["first_loss"]
     assert taken["last_loss"] == pytest.approx(left["last_loss"], rel=0.02), "no step is lost, none is done twice"
