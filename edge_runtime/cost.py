@@ -132,7 +132,8 @@ class Trained:
     update: tuple[TensorSpec, ...] = ()  # what is sent
     masked: int = 0  # of the total: entries of matrices that are trained sparsely
     dense: int = 0  # values of the most such matrices of one block
-    largest_dense: int = 0  # of the largest of them
+    made: int = 0  # values of all of one block's gradients, which a graph makes wanted or not
+    largest_dense: int = 0  # of the largest matrix that is trained sparsely
     place_bytes: int = 0  # what tells where the masked entries are
 
     @property
@@ -176,9 +177,11 @@ def _with_mask(what: Trained, spec: ModelSpec, settings: TrainSettings, head: in
     blocks = dict.fromkeys(range(spec.num_blocks - what.depth, spec.num_blocks), 1)
     matrices = [t for t, _ in adapted(spec, blocks, settings.lora_targets)]
     dense = max(sum(t.size for t in matrices if t.part == part) for part in blocks)
+    made = max(sum(t.size for t in spec.tensors if t.part == part) for part in blocks)
     largest = max((t.size for t in matrices), default=0)
     masked, of_each = what.total - head, place_bytes(settings.mask_every)
-    return replace(what, masked=masked, dense=dense, largest_dense=largest, place_bytes=of_each * masked)
+    places = of_each * masked
+    return replace(what, masked=masked, dense=dense, made=made, largest_dense=largest, place_bytes=places)
 
 
 def static_bytes(spec: ModelSpec, what: Trained, optimizer: str) -> int:
@@ -203,14 +206,14 @@ def graph_law_bytes(
 
     Gradients are summed over micro-batches for every trained block, or, layer by layer, for one block at a time; a further
     micro-batch's gradients of one block stand beside them. With a mask the sums are of masked entries, and beside them stand one
-    block's matrices and their gradients, dense. Hidden states of the whole batch: before and after a frozen block,
+    block's matrices and all of its gradients, dense. Hidden states of the whole batch: before and after a frozen block,
     and with checkpointing each trained block's input and two gradients.
     """
     pieces, depth = -(-batch_tokens // tokens), what.depth
     all_blocks = pieces > 1 and depth > 0 and not checkpointing
     sums = 4 * what.one_block
     if what.masked:
-        sums = (what.num_bytes if all_blocks else sums) + 2 * 4 * what.dense
+        sums = (what.num_bytes if all_blocks else sums) + 4 * (what.dense + what.made)
     elif pieces > 1:
         sums += what.num_bytes if all_blocks else 4 * what.one_block
     states = min(2, 1 + spec.num_blocks - depth) * batch_tokens

@@ -243,12 +243,14 @@ def test_masked_entries_are_priced_by_their_number_their_places_and_one_dense_bl
     held = 12 * (head + 2 * entries) + 2 * entries  # a byte tells where an entry is
     assert static_bytes(spec, what, "adamw") == frozen + held - 4 * (head + 2 * entries)  # in matrices that are copies
     one = graph_law_bytes(spec, what, False, 64, 64, "adamw")
-    assert one == held + 4 * (head + entries) + 2 * 4 * dense + batch
+    block = dense + 9 * 128 + 512  # with its vectors, whose gradients the graph makes too
+    assert one == held + 4 * (head + entries) + 4 * (dense + block) + batch
     far = trained(spec, 2, TrainSettings(mask_every=300))
     assert far.held_bytes("sgd") == 4 * far.total + 2 * far.masked
     assert trained(spec, 0, MASKED) == trained(spec, 0, SETTINGS)
     some = trained(spec, 2, dataclasses.replace(MASKED, lora_targets=("q",)))
     assert (some.dense, some.largest_dense, some.total) == (matrix, matrix, head + 2 * math.ceil(matrix / 10))
+    assert some.made == block, "the graph makes the gradients of the others too"
 
 
 @quickly(40)
