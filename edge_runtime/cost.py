@@ -23,9 +23,7 @@ from edge_runtime.training.optimizers import state_bytes_per_parameter
 MARGIN = 1.02  # the promise stands this much above the law, so that a device keeps it,
 HEAP_BYTES = 10 << 20  # and this: holes in the heap, which come and go with the lengths of the texts
 PIECES_BYTES = 8 << 20  # more of them where a batch is cut into pieces of different sizes
-TABLE_BYTES = (
-    4 << 20
-)  # a frozen table of the embedding from here on is not mapped: its rows are read as texts need them
+TABLE_BYTES = 4 << 20  # of a table of the embedding from here on rows are read as texts need them: it is not mapped
 ROUND_BYTES = 1 << 20
 QUANTILES = 128
 BUCKETS = 16  # batches whose examples are sorted by length together

@@ -2,7 +2,7 @@
 
 A module's name in such a file is "base_model.model." and its name in the checkpoint, so PEFT puts an adapter of ours onto a
 network whose modules are named like the checkpoint's, with the head (`modules_to_save`) as a linear layer on the mean of the
-tokens. A third file, of ours alone, holds labels and max_length. What is read is hostile: bounded, checked, never a pickle.
+tokens. A third file, of ours alone, holds labels, max_length and the print of the base. What is read is hostile: bounded, checked, never a pickle.
 Not the training (`training/adapters.py`). The format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 

@@ -20,6 +20,7 @@ from edge_runtime.training.corpus import Batch
 from edge_runtime.training.graph_backend import GraphBackend
 from edge_runtime.training.torch_backend import TorchBackend
 from edge_runtime.weights import MappedTensor
+from tests.networks import bert_spec, write_random, write_weights
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Backend = GraphBackend | TorchBackend
@@ -30,34 +31,12 @@ BLOCKS, STEPS = 3, 4
 
 @pytest.fixture(scope="module")
 def spec() -> ModelSpec:
-    config = {
-        "hidden_size": 128,
-        "num_hidden_layers": BLOCKS,
-        "num_attention_heads": 2,
-        "intermediate_size": 512,
-        "vocab_size": 90,
-        "max_position_embeddings": 40,
-        "type_vocab_size": 2,
-        "hidden_act": "gelu",
-    }
-    return bert.describe(config, ["a", "b", "c"], 40)
+    return bert_spec(blocks=BLOCKS)
 
 
 @pytest.fixture(scope="module")
 def weights(spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> dict[str, MappedTensor]:
-    return write(tmp_path_factory.mktemp("weights") / "weights.f32", {t.name: t.shape for t in spec.tensors})
-
-
-def write(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, MappedTensor]:
-    """Random tensors that keep activations near one."""
-    random, places = np.random.default_rng(0), {}
-    with path.open("wb") as out:
-        for name, shape in shapes.items():
-            norm = len(shape) == 1 and name.endswith("weight")
-            values = random.normal(1.0 if norm else 0.0, 0.2 if len(shape) == 1 else shape[1] ** -0.5, shape)
-            places[name] = MappedTensor(str(path), out.tell(), shape)
-            out.write(values.astype("<f4").tobytes())
-    return places
+    return write_weights(spec, tmp_path_factory.mktemp("weights") / "weights.f32")
 
 
 def plan(depth: int = 2, *, ranks: tuple[int, ...] = (), adapters: str = "ab", **how: Any) -> Plan:
@@ -145,7 +124,7 @@ def test_training_goes_on_from_given_adapters_cut_to_the_plans_ranks(
     name: str, spec: ModelSpec, make: Make, tmp_path: Path
 ) -> None:
     wanted = plan(2, ranks=(2, 4), adapter_learning_rate=1e-3)
-    given = write(tmp_path / "start.f32", {t.name: t.shape for t in layout(spec, plan(2)) if t.part < BLOCKS})
+    given = write_random(tmp_path / "start.f32", {t.name: t.shape for t in layout(spec, plan(2)) if t.part < BLOCKS})
     backend = make(name, wanted, given)
     assert all(not piece.any() for _, piece in backend.deltas())
     first = backend.step(batch(spec, 0))
@@ -198,6 +177,8 @@ def test_an_adapter_to_begin_from_of_another_shape_is_refused(
     shape: tuple[int, ...], spec: ModelSpec, tmp_path: Path
 ) -> None:
     name = "encoder.layer.2.attention.self.query.lora_a"
-    given = write(tmp_path / "start.f32", {name: shape}) if len(shape) == 2 else {name: MappedTensor("x", 0, shape)}
+    given = (
+        write_random(tmp_path / "start.f32", {name: shape}) if len(shape) == 2 else {name: MappedTensor("x", 0, shape)}
+    )
     with pytest.raises(ModelError, match=r"wanted \(4, 128\) or a higher rank"):
         LoraAdapters(spec, plan(1), given)

@@ -25,6 +25,7 @@ from edge_runtime.training.graph_backend import GraphBackend
 from edge_runtime.training.masked import PIECE, MaskedMatrix, filled
 from edge_runtime.training.torch_backend import TorchBackend
 from edge_runtime.weights import MappedTensor
+from tests.networks import bert_spec, write_weights
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Backend = GraphBackend | TorchBackend
@@ -36,31 +37,12 @@ TOLERANCE = 1e-4  # of what a tensor moved by, relative to the largest
 
 @pytest.fixture(scope="module")
 def spec() -> ModelSpec:
-    config = {
-        "hidden_size": 128,
-        "num_hidden_layers": BLOCKS,
-        "num_attention_heads": 2,
-        "intermediate_size": 512,
-        "vocab_size": 90,
-        "max_position_embeddings": 40,
-        "type_vocab_size": 2,
-        "hidden_act": "gelu",
-    }
-    return bert.describe(config, ["a", "b", "c"], 40)
+    return bert_spec(blocks=BLOCKS)
 
 
 @pytest.fixture(scope="module")
 def weights(spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> dict[str, MappedTensor]:
-    """Random weights that keep activations near one."""
-    random, places = np.random.default_rng(0), {}
-    path = tmp_path_factory.mktemp("weights") / "weights.f32"
-    with path.open("wb") as out:
-        for t in spec.tensors:
-            norm = len(t.shape) == 1 and t.name.endswith("weight")
-            values = random.normal(1.0 if norm else 0.0, 0.2 if len(t.shape) == 1 else t.shape[1] ** -0.5, t.shape)
-            places[t.name] = MappedTensor(str(path), out.tell(), t.shape)
-            out.write(values.astype("<f4").tobytes())
-    return places
+    return write_weights(spec, tmp_path_factory.mktemp("weights") / "weights.f32")
 
 
 @pytest.fixture

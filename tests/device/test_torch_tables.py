@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_models import bert
 from edge_runtime import cost
 from edge_runtime.model import ModelSpec
 from edge_runtime.records import CostRow, Plan, TrainSettings
 from edge_runtime.training.corpus import Batch
 from edge_runtime.training.torch_backend import TorchBackend
 from edge_runtime.weights import MappedTensor
+from tests.networks import bert_spec, write_weights
 
 VOCABULARY = 80_000
 WORDS = "embeddings.word_embeddings.weight"
@@ -22,28 +22,12 @@ WORDS = "embeddings.word_embeddings.weight"
 
 @pytest.fixture(scope="module")
 def spec() -> ModelSpec:
-    config = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 40,
-        "type_vocab_size": 2,
-        "hidden_act": "gelu",
-    }
-    return bert.describe(config, ["a", "b", "c"], 40)
+    return bert_spec(32, 2, 64, blocks=1, vocab_size=VOCABULARY)
 
 
 @pytest.fixture(scope="module")
 def weights(spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> dict[str, MappedTensor]:
-    random, places = np.random.default_rng(0), {}
-    path = tmp_path_factory.mktemp("weights") / "weights.f32"
-    with path.open("wb") as out:
-        for t in spec.tensors:
-            places[t.name] = MappedTensor(str(path), out.tell(), t.shape)
-            out.write(random.normal(0.0, 0.2, t.shape).astype("<f4").tobytes())
-    return places
+    return write_weights(spec, tmp_path_factory.mktemp("weights") / "weights.f32")
 
 
 def trained(spec: ModelSpec, weights: dict[str, MappedTensor]) -> tuple[TorchBackend, list[float]]:

@@ -25,6 +25,7 @@ from edge_runtime.records import CostRow, Plan, TrainSettings
 from edge_runtime.training.corpus import Batch
 from edge_runtime.training.graph_backend import GraphBackend
 from edge_runtime.weights import MappedTensor
+from tests.networks import bert_spec, write_weights
 from tools import graphs as tool
 
 ROOT = Path(__file__).parents[2]
@@ -35,23 +36,6 @@ OTHERS = [shape for shape in tool.SHAPES if shape != SMALL]
 PRENORM = {"hidden": 20, "heads": 4, "wide": 24, "layers": 4, "vocab": 50, "positions": 32}
 
 
-def bert_spec(
-    hidden: int, heads: int, wide: int, types: int, *, blocks: int = 3, labels: int = 4, **more: Any
-) -> ModelSpec:
-    config = {
-        "hidden_size": hidden,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": heads,
-        "intermediate_size": wide,
-        "vocab_size": 90,
-        "max_position_embeddings": 40,
-        "type_vocab_size": types,
-        "hidden_act": "gelu",
-        **more,
-    }
-    return bert.describe(config, [f"label {i}" for i in range(labels)], 40)
-
-
 @dataclass
 class Model:
     """Random weights in a file, and the graphs."""
@@ -59,19 +43,6 @@ class Model:
     spec: ModelSpec
     weights: dict[str, MappedTensor]
     graphs: GraphSet
-
-
-def write_weights(spec: ModelSpec, file: Path, seed: int = 0) -> dict[str, MappedTensor]:
-    """Matrices of about the size that keeps activations near one, so that no gradient is all rounding."""
-    random = np.random.default_rng(seed)
-    weights = {}
-    with file.open("wb") as out:
-        for t in spec.tensors:
-            norm = len(t.shape) == 1 and t.name.endswith("weight")
-            values = random.normal(1.0 if norm else 0.0, 0.2 if len(t.shape) == 1 else t.shape[1] ** -0.5, t.shape)
-            weights[t.name] = MappedTensor(str(file), out.tell(), t.shape)
-            out.write(values.astype("<f4").tobytes())
-    return weights
 
 
 def shipped(folder: Path, shape: tuple[int, int, int, int], **more: Any) -> Model:

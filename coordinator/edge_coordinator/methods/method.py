@@ -152,9 +152,7 @@ class Collected(Protocol):
 Configure = Callable[[State, Cohort], tuple[Mapping[str, Choice], State]]
 Aggregate = Callable[[State, Collected], tuple[Iterator[Change], State]]
 BlockRanks = Callable[[int, TrainSettings, Options], tuple[int, ...]]
-RoundSettings = Callable[
-    [State, int, TrainSettings, Options], TrainSettings
-]  # of a round by its number, from the run's
+RoundSettings = Callable[[State, int, TrainSettings, Options], TrainSettings]  # of a round, from the run's
 Prime = Callable[["Array", "Array"], "tuple[Array, Array]"]
 
 

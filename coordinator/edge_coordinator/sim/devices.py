@@ -71,9 +71,7 @@ class Plans:
     spec: ModelSpec
     calibrations: Mapping[str, Calibration]  # by class
     cached: bool
-    masked: Mapping[str, Calibration] = field(
-        default_factory=dict
-    )  # of rounds with masks, in a run that has others too
+    masked: Mapping[str, Calibration] = field(default_factory=dict)  # of rounds with masks, in a run with others too
 
     def table(
         self, device: VirtualDevice, settings: TrainSettings, adapters: str

@@ -75,9 +75,7 @@ class Simulation:
         self.engine = _engine(manifest, self.models, say)
         kinds = [kind for kind, _ in options.kinds]
         self.spec: ModelSpec = manifest.spec
-        devices = make_devices(
-            options, self.spec.labels, self.corpus, config.train.seed
-        )  # says what is wrong with options
+        devices = make_devices(options, self.spec.labels, self.corpus, config.train.seed)  # first: options may be wrong
         settings = self.results.settings(self._description(kinds), lambda: self._calibrated(manifest, say))
         calibrated, masked = (self._of_classes(settings.get(name), kinds) for name in ("calibration", MASKED))
         self._enroll([d.name for d in devices])
