@@ -46,7 +46,7 @@ class Model:
 
 
 def shipped(folder: Path, shape: tuple[int, int, int, int], **more: Any) -> Model:
-    spec = bert_spec(*shape, **more)
+    spec = bert_spec(*shape, **{"labels": 4, **more})
     path = bert.bundled_graphs(spec)
     assert path is not None
     return Model(spec, write_weights(spec, folder / "weights.f32"), find.read_graphs(path))
