@@ -194,5 +194,6 @@ def test_the_peak_begins_anew_after_a_reset() -> None:
     peak = process_memory()["VmHWM"]
     del block
     reset_peak()
-    after = process_memory()["VmHWM"]
-    assert after <= peak - 32 * MIB or after == peak, "where clear_refs may not be written, nothing happens"
+    found = process_memory()
+    near_now = found["VmHWM"] <= found["VmRSS"] + 16 * MIB < peak
+    assert near_now or found["VmHWM"] == peak, "where clear_refs may not be written, nothing happens"
