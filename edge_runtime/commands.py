@@ -182,6 +182,7 @@ def _plan_cells(planned: local.Planned) -> list[list[str]]:
 
 def run_train(args: Namespace) -> int:
     """Plan, finetune in a worker process within the budget, save the model, and print what was promised and measured."""
+    local.check_outputs(args.out, args.adapter_out, delta=args.delta)
     planned, device = _plan(args)
     outputs = {"delta": args.delta, "adapter_out": args.adapter_out}
     trained = local.train(planned, args.out, device=device, depth=args.depth, **outputs, progress=Bar("training"))

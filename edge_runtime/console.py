@@ -40,9 +40,13 @@ Sentences: TypeAlias = Mapping[str, Callable[[dict[str, Any]], str]]
 
 
 def new_parser(
-    commands: Commands | None, name: str, what: str, *examples: str, exit_codes: Iterable[int]
+    commands: Commands | None, name: str, what: str, *examples: str, exit_codes: Iterable[int], nested: bool = False
 ) -> argparse.ArgumentParser:
-    """A command line, or one of its `commands`, which has `--json`; its help ends with examples and exit codes."""
+    """A command line, or one of its `commands`, which has `--json`; its help ends with examples and exit codes.
+
+    Args:
+        nested: below a command, whose own `--json` means as much.
+    """
     codes = ", ".join(f"{code} {EXIT_CODES[code]}" for code in exit_codes)
     epilog = "\n  ".join(["examples:", *examples]) + f"\n\nexit codes: {codes}"
     options: dict[str, Any] = {
@@ -53,7 +57,8 @@ def new_parser(
     if commands is None:
         return argparse.ArgumentParser(name, **options)
     made = commands.add_parser(name, help=what, **options)
-    made.add_argument("--json", action="store_true", help="print JSON for scripts")
+    default = argparse.SUPPRESS if nested else False
+    made.add_argument("--json", action="store_true", default=default, help="print JSON for scripts")
     return made
 
 

@@ -271,7 +271,8 @@ def train(
     """
     out, adapter_out = Path(out) if out else None, Path(adapter_out) if adapter_out else None
     device = device or Device.measure(speed=False)
-    base = _check_outputs(planned, out, adapter_out, delta=delta)
+    check_outputs(out, adapter_out, delta=delta)
+    base = delta_base(planned.source, out) if delta and out else None
     chosen = _chosen(planned, depth)
     check_lora(planned.source.spec, chosen.settings, depth, planned.adapter)
     if adapter_out and not planned.adapter and not chosen.chosen.rank:
@@ -320,8 +321,8 @@ def train(
     return Trained(folder, report, worker.enforced_by)
 
 
-def _check_outputs(planned: Planned, out: Path | None, adapter_out: Path | None, *, delta: bool) -> Path | None:
-    """Whether a training's results may be written where they are to go; -> the base of a delta.
+def check_outputs(out: Path | None, adapter_out: Path | None, *, delta: bool) -> None:
+    """Whether a training's results may be written where they are to go: asked before anything long begins, too.
 
     Raises:
         UsageError: they may not.
@@ -336,7 +337,6 @@ def _check_outputs(planned: Planned, out: Path | None, adapter_out: Path | None,
         check_adapter_folder(adapter_out)
     if out:
         check_model_folder(out)
-    return delta_base(planned.source, out) if delta and out else None
 
 
 def _remove_left_over(out: Path) -> None:

@@ -113,14 +113,23 @@ def offered_ranks(spec: ModelSpec, settings: TrainSettings, adapters: str) -> tu
 
 def over_budget(row: CostRow, budget: Budget, epochs: int) -> str:
     """Why a row does not fit, in words; empty if it fits."""
-    reasons = []
+    return ", ".join(_lacking(row, budget, epochs).values())
+
+
+def budgets_over(row: CostRow, budget: Budget, epochs: int) -> tuple[str, ...]:
+    """The budgets that a row does not fit: of "memory", "time" and "upload"."""
+    return tuple(_lacking(row, budget, epochs))
+
+
+def _lacking(row: CostRow, budget: Budget, epochs: int) -> dict[str, str]:
+    found = {}
     if row.peak_bytes > budget.memory_bytes:
-        reasons.append(f"memory {mib(row.peak_bytes)} > {mib(budget.memory_bytes)}")
+        found["memory"] = f"memory {mib(row.peak_bytes)} > {mib(budget.memory_bytes)}"
     if budget.time_s is not None and row.total_s(epochs) > budget.time_s:
-        reasons.append(f"time {row.total_s(epochs):.0f} s > {budget.time_s:.0f} s")
+        found["time"] = f"time {row.total_s(epochs):.0f} s > {budget.time_s:.0f} s"
     if budget.upload_bytes is not None and row.upload_bytes > budget.upload_bytes:
-        reasons.append(f"upload {mib(row.upload_bytes)} > {mib(budget.upload_bytes)}")
-    return ", ".join(reasons)
+        found["upload"] = f"upload {mib(row.upload_bytes)} > {mib(budget.upload_bytes)}"
+    return found
 
 
 def feasible(rows: Sequence[CostRow], budget: Budget, epochs: int) -> list[CostRow]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_coordinator.cli import main
+from edge_coordinator.cli import main, parser
 from edge_coordinator.config import CONFIG_FILE, load_config
 from edge_coordinator.fleet import Fleet, init
 from edge_runtime.version import software
@@ -93,3 +93,9 @@ def test_revoking_says_that_a_standing_connection_ends_too(folder: Path, capsys:
     assert main(["enroll", "pi-1", "--fleet", str(folder)]) == 0
     assert main(["devices", "--revoke", "pi-1", "--fleet", str(folder)]) == 0
     assert "pi-1 is refused from now on; the broker ends its connection within 10 seconds" in capsys.readouterr().err
+
+
+def test_json_before_a_nested_command_means_as_much_as_behind_it() -> None:
+    for words in (["sim", "--json", "compare", "a"], ["sim", "compare", "a", "--json"]):
+        assert parser().parse_args(words).json is True
+    assert parser().parse_args(["sim", "compare", "a"]).json is False

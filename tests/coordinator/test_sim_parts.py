@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from edge_coordinator.sim.choose import Candidate, best, described
+from edge_coordinator.sim.choose import Candidate, best, depth_of, described, held_by
 from edge_coordinator.sim.classes import BUILT_IN, OwnBudget, deal, parse_shares, read_budgets, read_classes
 from edge_coordinator.sim.clock import Clock
 from edge_coordinator.sim.compare import plot, summarise, text_table
 from edge_coordinator.sim.data import packed
-from edge_coordinator.sim.devices import Downloads, VirtualDevice, chance
+from edge_coordinator.sim.devices import Downloads, Plans, VirtualDevice, chance
 from edge_coordinator.sim.partition import divide, parse_partition
 from edge_coordinator.sim.results import Results
 from edge_coordinator.sim.speed import TRAIN, block_flops, measured_gflops, scaled
@@ -129,6 +129,13 @@ def test_the_clock_goes_to_what_is_due_and_keeps_the_order_of_equals() -> None:
 def test_a_partition_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--partition"):
         parse_partition(text)
+
+
+@pytest.mark.parametrize("text", ["dirichlet:0", "strength:-1", "dirichlet:nan", "shards:300"])
+def test_a_partition_that_cannot_be_made_is_named_with_its_flag(text: str) -> None:
+    kinds = deal(parse_shares("pi-5", BUILT_IN), 9, range(9))
+    with pytest.raises(UsageError, match=f"--partition {text}"):
+        divide(parse_partition(text), ["a", "b"] * 20, None, 9, 1, lambda n: kinds)
 
 
 @pytest.mark.parametrize("text", ["iid", "dirichlet:0.5", "shards:2", "strength:0.1"])
@@ -250,6 +257,17 @@ def test_a_network_of_which_some_device_cannot_train_a_block_is_not_chosen() -> 
     rows = described([large, small])
     assert [row["chosen"] for row in rows] == [False, True]
     assert (rows[0]["mean_depth"], rows[0]["least_depth"], rows[0]["devices_by_depth"]) == (4.0, 0, {"0": 1, "6": 2})
+
+
+def test_what_keeps_a_device_from_a_block_more_is_told() -> None:
+    kind = replace(BUILT_IN["pi-4"], name="k", memory_bytes=1 << 30, time_s=None, upload_bytes=None)
+    plans, settings = Plans(SPEC, {"k": replace(HERE, backend="torch")}, cached=False), TrainSettings()
+    device = VirtualDevice("a", kind, packed(range(160)), DATA, 1e6)
+    assert depth_of(plans, device, settings) == 3
+    assert held_by(plans, device, settings, 3) == ()
+    one_block = 4 * sum(t.size for t in SPEC.tensors if t.part >= 2)
+    slow = replace(device, kind=replace(kind, upload_bytes=one_block))
+    assert (depth_of(plans, slow, settings), held_by(plans, slow, settings, 1)) == (1, ("upload",))
 
 
 # downloads

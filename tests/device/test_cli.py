@@ -81,6 +81,13 @@ def test_an_export_to_a_folder_is_a_usage_error_before_any_work(
     assert f"{tmp_path} is a folder: name the ONNX file to write" in capsys.readouterr().err
 
 
+def test_a_training_without_a_place_for_its_model_is_refused_before_any_work(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert ends(["train", "no-such-model", "--data", "no-such-file.csv"]) == 2
+    assert "name a folder for the model, --out, or for its adapters, --adapter-out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edge_coordinator.config import FleetConfig
@@ -18,7 +18,7 @@ from edge_coordinator.sim.devices import Plans, VirtualDevice
 from edge_coordinator.sim.making import SimOptions, calibrated, calibrations, make_devices
 from edge_runtime.engine import EngineOptions, find_engine
 from edge_runtime.local import prepare
-from edge_runtime.planner import feasible
+from edge_runtime.planner import budgets_over, feasible
 from edge_runtime.records import TrainSettings
 from edge_runtime.source import find_checkpoint, open_source
 from edge_runtime.store import cache_folder
@@ -32,6 +32,7 @@ class Candidate:
     model: str
     num_blocks: int
     depths: Mapping[str, int]  # by device
+    held_by: Mapping[str, int] = field(default_factory=dict)  # budget -> devices that it keeps from a block more
 
     @property
     def mean(self) -> float:
@@ -80,11 +81,20 @@ def depth_of(plans: Plans, device: VirtualDevice, settings: TrainSettings) -> in
     return row.depth if row else 0
 
 
+def held_by(plans: Plans, device: VirtualDevice, settings: TrainSettings, depth: int) -> tuple[str, ...]:
+    """The budgets that keep a device of this depth from a block more: those of the row that lacks the fewest."""
+    table, budget = plans.table(device, settings, "")
+    lacking = [budgets_over(row, budget, settings.epochs) for row in table if row.depth == depth + 1]
+    return min(lacking, key=len, default=())
+
+
 def candidate(model: str, config: FleetConfig, options: SimOptions, say: Callable[[str], None]) -> Candidate:
     """What the devices of a simulation could train of a network. Raises: as `planned`."""
-    config = replace(config, train=replace(config.train, lora_rank=0))
-    plans, devices = planned(model, config, options, say)
-    return Candidate(model, plans.spec.num_blocks, {d.name: depth_of(plans, d, config.train) for d in devices})
+    settings = replace(config.train, lora_rank=0)
+    plans, devices = planned(model, replace(config, train=settings), options, say)
+    depths = {d.name: depth_of(plans, d, settings) for d in devices}
+    counts = Counter(name for d in devices for name in held_by(plans, d, settings, depths[d.name]))
+    return Candidate(model, plans.spec.num_blocks, depths, counts)
 
 
 def described(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
@@ -97,6 +107,7 @@ def described(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
             "mean_depth": round(c.mean, 4),
             "least_depth": c.least,
             "devices_by_depth": {str(depth): count for depth, count in sorted(Counter(c.depths.values()).items())},
+            "held_by": dict(sorted(c.held_by.items())),
             "chosen": c is chosen,
         }
         for c in candidates

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edge_coordinator.sim.making import SimOptions
 
 _parser = partial(new_parser, exit_codes=(0, 2, 3, 4, 6, 8, 10, INTERRUPTED))
+_nested_parser = partial(_parser, nested=True)
 
 
 def add_sim(commands: Commands) -> None:
@@ -49,7 +50,7 @@ def add_sim(commands: Commands) -> None:
     )
     sim.set_defaults(run=run_sim)
     nested = sim.add_subparsers(metavar="[compare]", title="commands")
-    compare = _parser(
+    compare = _nested_parser(
         nested,
         "compare",
         "Print simulations side by side.",
@@ -60,7 +61,7 @@ def add_sim(commands: Commands) -> None:
     compare.add_argument("--target", type=float, help="accuracy from 0 to 1: show when each run reached it")
     compare.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy over virtual time (needs matplotlib)")
     compare.set_defaults(run=run_compare)
-    choose = _parser(
+    choose = _nested_parser(
         nested,
         "choose",
         "Say which of several networks the devices should train: the one of which they can train most blocks (CAFF).",
@@ -160,10 +161,11 @@ def run_choose(args: argparse.Namespace) -> int:
     if args.json:
         print_json(rows)
         return 0
-    header = ["network", "blocks", "blocks trained, mean", "least", "devices by depth", ""]
+    header = ["network", "blocks", "blocks trained, mean", "least", "devices by depth", "held back by", ""]
     cells = [
         [str(r["model"]), str(r["blocks"]), f"{r['mean_depth']:.2f}", str(r["least_depth"]),
-         ", ".join(f"{depth}: {count}" for depth, count in r["devices_by_depth"].items()), "chosen" if r["chosen"] else ""]
+         ", ".join(f"{depth}: {count}" for depth, count in r["devices_by_depth"].items()),
+         ", ".join(f"{budget}: {count}" for budget, count in r["held_by"].items()), "chosen" if r["chosen"] else ""]
         for r in rows
     ]  # fmt: skip
     print(table(header, cells))

@@ -53,11 +53,12 @@ def read_column(data: Path, column: str, options: DataOptions, num_examples: int
     Raises:
         DataError: there is no such column, or it lacks values that the rows with a text and a label need.
     """
-    rows = read_examples(
-        data, text_column=options.text_column, label_column=column, encoding=options.encoding, bad_rows="error"
-    ).rows
-    if len(rows) != num_examples:
+    found = read_examples(
+        data, text_column=options.text_column, label_column=column, encoding=options.encoding, bad_rows="skip"
+    )
+    if len(found.rows) != num_examples:
+        lines = "".join(f", in line {bad.line} not" for bad in found.skipped[:1])
         raise DataError(
-            f"{data} has {len(rows)} rows with a {column}, and {num_examples} with a label: give a file where all rows have both"
+            f"{data} has {len(found.rows)} rows with a {column}{lines}, and {num_examples} with a label: give a file where all rows have both"
         )
-    return [row.label for row in rows]
+    return [row.label for row in found.rows]

@@ -68,7 +68,7 @@ def divide(
         classes_of: the classes of so many devices.
 
     Raises:
-        UsageError: as the splits; or the number of devices is missing.
+        UsageError: as the splits, naming the flag; or the number of devices is missing.
     """
     if partition.kind == "by":
         assert groups is not None, "read with the data"
@@ -79,12 +79,21 @@ def divide(
     if num_devices < 1:
         raise UsageError(f"--devices must be at least 1, it is {num_devices}")
     classes = classes_of(num_devices)
+    try:
+        return _parts(partition, labels, classes, seed), classes
+    except UsageError as error:
+        raise UsageError(f"--partition {partition.kind}:{partition.argument}: {error}") from None
+
+
+def _parts(partition: Partition, labels: Sequence[str], classes: Sequence[DeviceClass], seed: int) -> list[list[int]]:
+    """The indices of each device's examples, where the number of devices is given."""
+    num_devices = len(classes)
     if partition.kind == "iid":
-        return split.iid(labels, num_devices, seed), classes
+        return split.iid(labels, num_devices, seed)
     if partition.kind == "dirichlet":
-        return split.dirichlet(labels, num_devices, float(partition.argument), seed), classes
+        return split.dirichlet(labels, num_devices, float(partition.argument), seed)
     if partition.kind == "shards":
-        return split.shards(labels, num_devices, int(partition.argument), seed), classes
+        return split.shards(labels, num_devices, int(partition.argument), seed)
     order = sorted({c.name: c.strength for c in classes}.items(), key=lambda item: (item[1], item[0]))
     rank = {name: number for number, (name, _) in enumerate(order)}
-    return split.strength(labels, [rank[c.name] for c in classes], float(partition.argument), seed), classes
+    return split.strength(labels, [rank[c.name] for c in classes], float(partition.argument), seed)
