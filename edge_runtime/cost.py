@@ -81,7 +81,8 @@ class Point:
 class Calibration:
     """What the probe measured for one model on one machine with one backend and thread count.
 
-    Seconds are a line over the tokens of a micro-batch: fixed + per_token * tokens.
+    Seconds are a line over the tokens of a micro-batch: fixed + per_token * tokens. A frozen block forward takes `forward_step_s`
+    more, once for all micro-batches of a step: its weights come from the file again.
     """
 
     backend: Annotated[str, Range(1, 32)]
@@ -101,6 +102,9 @@ class Calibration:
     probed_depth: Annotated[int, Range(0, 2)] = 0
     saved_per_token_bytes: Bytes = 0  # for each further trained block, without checkpointing; torch: with adapters
     correction: Annotated[float, Range(1, 16)] = 1.0  # of every promised peak, after a process was killed at its limit
+    forward_step_s: Seconds = 0.0
+    entry_s: Seconds = 0.0  # to put a masked entry into its matrix, or take it out of a gradient
+    copy_s: Seconds = 0.0  # to copy one value of a matrix
 
 
 @dataclass(frozen=True)
@@ -320,13 +324,13 @@ def cost(
     def seconds(fixed_s: float, per_token_s: float) -> float:
         return pieces * fixed_s + tokens * per_token_s
 
-    forward = seconds(c.forward_fixed_s, c.forward_per_token_s)
+    forward = c.forward_step_s + seconds(c.forward_fixed_s, c.forward_per_token_s)
     train = seconds(c.train_fixed_s, c.train_per_token_s)
     again = depth if c.backend != GRAPH_BACKEND else max(0, depth - 1)  # blocks that checkpointing runs twice
     prefix = (spec.num_blocks - depth) * forward
     step = depth * train + (again * forward if checkpointing else 0)
     step += seconds(c.rest_fixed_s, c.rest_per_token_s)
-    step += what.total * c.update_per_parameter_s
+    step += what.total * c.update_per_parameter_s + masking_s(what, c, settings.mask_every, pieces, checkpointing)
     steps = data.num_examples / batch
     return CostRow(
         depth,
@@ -343,6 +347,21 @@ def cost(
         later_epoch_s=step * steps if cached else 0.0,
         codec=codec,
     )
+
+
+def masking_s(what: Trained, calibration: Calibration, every: int, pieces: int, checkpointing: bool) -> float:
+    """Seconds of a step that masks cost: entries are taken out of each micro-batch's gradients and put into matrices.
+
+    The graph backend makes a block's matrices dense whenever another block's took their place.
+    """
+    if not what.masked:
+        return 0.0
+    c, depth = calibration, what.depth
+    entry_s = c.copy_s if every == 1 else c.entry_s
+    if c.backend != GRAPH_BACKEND:
+        return (pieces + 2) * what.masked * entry_s
+    made = 2 * depth - 1 if checkpointing else pieces * (2 * depth - 2)
+    return made * what.dense * c.copy_s + (pieces + (made + 1) / depth) * what.masked * entry_s
 
 
 def micro_batches(batch_size: int) -> Sequence[int]:

@@ -235,13 +235,14 @@ class GraphBackend:
         kept = self._saving(self._spec.num_blocks - 1, piece)
         return sum(array.nbytes for name, array in kept.items() if name not in ("bias", "hidden"))
 
-    def block(self, batch: Batch) -> Callable[[], object]:
-        """A frozen block's forward pass on one micro-batch."""
+    def block(self, batch: Batch, pieces: int) -> Callable[[], object]:
+        """A frozen block's forward pass on so many micro-batches."""
         piece = self._embed(batch)
 
         def forward() -> None:
             with self._tensors(0) as tensors:
-                self._forward(0, piece, tensors, ("timed",))
+                for _ in range(pieces):
+                    self._forward(0, piece, tensors, ("timed",))
 
         return forward
 
@@ -344,6 +345,8 @@ class GraphBackend:
             if mu:
                 pull_back(gradient, self._changes(name), mu)
             self.optimizer.update(name, self._trained[name], gradient)
+        if self._masks:
+            self._masks.changed()
 
     def _trained_names(self, part: int) -> Mapping[str, str]:
         """What is trained in a block: its name in the graphs -> its full name."""

@@ -43,11 +43,17 @@ class MaskedMatrix:
         """The masked entries of an array of the matrix's size, flat, a piece at a time."""
         flat = dense.reshape(-1)
         for first in range(0, self._offsets.size, PIECE):
-            yield flat[first * self._every :][self._places(first, PIECE)]
+            if self._every == 1:
+                yield flat[first : first + PIECE]
+            else:
+                yield flat[first * self._every :][self._places(first, PIECE)]
 
     def scatter(self, values: Array, dense: Array) -> None:
         """Set the masked entries of a contiguous array of the matrix's size."""
         flat, values = dense.reshape(-1), values.reshape(-1)
+        if self._every == 1:
+            flat[:] = values
+            return
         for first in range(0, self._offsets.size, PIECE):
             flat[first * self._every :][self._places(first, PIECE)] = values[first : first + PIECE]
 
@@ -55,7 +61,7 @@ class MaskedMatrix:
         """The masked entries as they were before training, flat, a piece at a time."""
         count = min(PIECE, max(1, SPAN // self._every))
         for number, piece in enumerate(self._base.pieces(count * self._every)):
-            yield piece[self._places(number * count, count)]
+            yield piece if self._every == 1 else piece[self._places(number * count, count)]
 
     def changes(self, values: Array) -> Iterator[Array]:
         """The masked entries minus their start, flat, a piece at a time."""
@@ -116,21 +122,27 @@ class GraphMasks:
             for part in range(spec.num_blocks)
         }
         self._dense = Pool()
-        self._made: int | None = None  # the block whose matrices are in `_dense`
+        self._made: int | None = None  # the block whose matrices are in `_dense`,
+        self._current = False  # and whether they are as its values are now
 
     def feeds(self, part: int) -> dict[str, Array]:
         """The matrices of a block as they are now, dense, by their names in the graphs; valid until another block's are asked for."""
         names, is_new = self._names[part], self._made != part
-        self._made = None
+        is_current, self._made = self._current and not is_new, None
         found: dict[str, Array] = {}
         for relative, name in names.items():
             matrix = self.matrices[name]
             found[relative] = self._dense.take(relative, matrix.tensor.shape)
             if is_new:
                 matrix.write_base(found[relative])
-            matrix.scatter(self.values[name], found[relative])
-        self._made = part
+            if not is_current:
+                matrix.scatter(self.values[name], found[relative])
+        self._made, self._current = part, True
         return found
+
+    def changed(self) -> None:
+        """`values` have been written to."""
+        self._current = False
 
     def trained_names(self, part: int) -> Mapping[str, str]:
         """What is trained in a block: the matrix's name in the graphs -> its masked entries' name in the update."""

@@ -36,6 +36,7 @@ SIZES = (1, 4, 16)  # examples of the micro-batches that are measured, as far as
 FEW = 2  # examples of torch's, whose peak is measured
 PATIENCE_S = 30.0  # no larger micro-batch is measured if its two steps would take longer
 ENOUGH_S = 0.15  # of measuring the same again
+MASK_EVERY = 10  # of the matrix whose masked entries are timed
 UPDATED = 1 << 20  # values of the tensor that times the optimizer
 
 
@@ -165,8 +166,8 @@ class Timed(Protocol):
     def step(self, batch: Batch) -> float:
         """A whole step."""
 
-    def block(self, batch: Batch) -> Callable[[], object]:
-        """One block forward."""
+    def block(self, batch: Batch, pieces: int) -> Callable[[], object]:
+        """A block forward, so many times in one step."""
 
 
 def seconds(head: Timed, blocks: Timed, probed: Probed, depth: int, sizes: Sequence[int]) -> dict[str, Any]:
@@ -175,19 +176,24 @@ def seconds(head: Timed, blocks: Timed, probed: Probed, depth: int, sizes: Seque
     So the parts add up to what was measured for both, and to a line between them; a block forward is timed by itself.
     """
     spec, points = probed.spec, dict[str, list[tuple[int, float]]](forward=[], train=[], rest=[])
+    once: list[float] = []
     update = update_s("sgd")
     for size in sizes:
         batch = probed.batch(size, probed.mean)
         head_s = median_s(partial(head.step, batch)) - update * probed.trained(0).total
-        forward_s = min(median_s(head.block(batch)), head_s / spec.num_blocks)
+        forward_s = min(median_s(head.block(batch, 1)), head_s / spec.num_blocks)
+        again_s = min(max(0.0, median_s(head.block(batch, 2)) - forward_s), forward_s)
+        once.append(forward_s - again_s)
         rest_s = head_s - spec.num_blocks * forward_s
         train_s = forward_s
         if depth:
             whole_s = median_s(partial(blocks.step, batch)) - update * probed.trained(depth).total
             train_s += max(0.0, whole_s - head_s) / depth
-        for what, taken in (("forward", forward_s), ("train", train_s), ("rest", rest_s)):
+        for what, taken in (("forward", again_s), ("train", train_s), ("rest", rest_s)):
             points[what].append((batch.ids.size, max(0.0, taken)))
-    lines = {"update_per_parameter_s": update_s(probed.optimizer)}
+    entry_s, copy_s = masking_s(probed)
+    lines = {"update_per_parameter_s": update_s(probed.optimizer), "entry_s": entry_s, "copy_s": copy_s}
+    lines["forward_step_s"] = sorted(once)[len(once) // 2]
     for what, measured in points.items():
         lines[f"{what}_fixed_s"], lines[f"{what}_per_token_s"] = line(measured)
     return lines
@@ -258,6 +264,25 @@ def update_s(optimizer: str) -> float:
         update.update("probe", weight, gradient)
 
     return median_s(once) / UPDATED
+
+
+def masking_s(probed: Probed) -> tuple[float, float]:
+    """-> (seconds to put a masked entry into its matrix or take it out, to copy a value), by the last block's largest matrix."""
+    from edge_runtime.training.masked import MaskedMatrix
+
+    matrices = [t for t in probed.spec.tensors if t.part == probed.spec.num_blocks - 1 and t.is_adapted]
+    if not matrices:
+        return 0.0, 0.0
+    tensor = max(matrices, key=lambda t: t.size)
+    matrix = MaskedMatrix(tensor, probed.weights[tensor.name], TrainSettings(mask_every=MASK_EVERY))
+    dense, values = np.zeros(tensor.shape, np.float32), np.zeros(matrix.shape, np.float32)
+
+    def put_and_take() -> None:
+        matrix.scatter(values, dense)
+        for _ in matrix.gather(dense):
+            pass
+
+    return median_s(put_and_take) / (2 * values.size), median_s(partial(matrix.write_base, dense)) / tensor.size
 
 
 def median_s(work: Callable[[], object]) -> float:

@@ -143,8 +143,8 @@ class TorchBackend:
 
     # What the probe times: one block on a batch.
 
-    def block(self, batch: Batch) -> Callable[[], object]:
-        """A block's forward pass on one micro-batch."""
+    def block(self, batch: Batch, pieces: int) -> Callable[[], object]:
+        """A block's forward pass on so many micro-batches."""
         ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)
         block = self._model.blocks[-1]
         with torch.no_grad():
@@ -152,7 +152,8 @@ class TorchBackend:
 
         def forward() -> None:
             with torch.no_grad():
-                block(hidden, bias)
+                for _ in range(pieces):
+                    block(hidden, bias)
 
         return forward
 

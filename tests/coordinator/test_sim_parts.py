@@ -32,7 +32,19 @@ CONFIG = {
     "max_position_embeddings": 64, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu",
 }  # fmt: skip
 SPEC = bert.describe(CONFIG, ("a", "b"), 32)
-HERE = Calibration("onnx", 1 << 20, 0.001, 1e-5, 0.002, 4e-5, 1e-9, rest_per_token_s=1e-6)
+HERE = Calibration(
+    "onnx",
+    1 << 20,
+    0.001,
+    1e-5,
+    0.002,
+    4e-5,
+    1e-9,
+    rest_per_token_s=1e-6,
+    forward_step_s=1e-3,
+    entry_s=1e-8,
+    copy_s=1e-9,
+)
 DATA = DataShape(160, 24, 20.0)
 
 
@@ -205,7 +217,13 @@ def test_a_class_trains_blocks_at_its_gflops() -> None:
             SPEC,
             DATA,
             settings,
-            replace(calibration, forward_fixed_s=0.0, forward_per_token_s=0.0, update_per_parameter_s=0.0),
+            replace(
+                calibration,
+                forward_fixed_s=0.0,
+                forward_per_token_s=0.0,
+                forward_step_s=0.0,
+                update_per_parameter_s=0.0,
+            ),
             trained(SPEC, depth, settings),
             False,
             16,
@@ -219,7 +237,7 @@ def test_a_class_trains_blocks_at_its_gflops() -> None:
 
 def test_memory_does_not_depend_on_the_class() -> None:
     slow = scaled(HERE, 100.0)
-    settings = TrainSettings()
+    settings = TrainSettings(mask_every=10)
     rows = [cost(SPEC, DATA, settings, c, trained(SPEC, 2, settings), False, 8) for c in (HERE, slow)]
     assert rows[0].peak_bytes == rows[1].peak_bytes
     assert rows[1].step_s == pytest.approx(100 * rows[0].step_s)

@@ -22,6 +22,7 @@ from edge_runtime.cost import (
     dynamic_bytes,
     graph_law_bytes,
     law_bytes,
+    masking_s,
     micro_batches,
     padded_tokens,
     shape_of,
@@ -59,9 +60,10 @@ def priced(
     micro_batch: int = 16,
     data: DataShape = DATA,
     settings: TrainSettings = SETTINGS,
+    calibration: Calibration = CALIBRATION,
 ) -> CostRow:
     """The cost with this file's model and machine."""
-    return cost(SPEC, data, settings, CALIBRATION, trained(SPEC, depth, settings), checkpointing, micro_batch)
+    return cost(SPEC, data, settings, calibration, trained(SPEC, depth, settings), checkpointing, micro_batch)
 
 
 def suffix(depth: int) -> Trained:
@@ -148,6 +150,27 @@ def test_a_step_of_several_pieces_pays_the_fixed_time_of_each() -> None:
     """Five forwards (two frozen blocks, embedding and head count one) and two blocks trained, for each piece."""
     more = priced(2, micro_batch=4).step_s - priced(2, micro_batch=16).step_s
     assert more == pytest.approx(3 * (3 * CALIBRATION.forward_fixed_s + 2 * CALIBRATION.train_fixed_s))
+
+
+def test_reading_a_frozen_blocks_weights_again_costs_once_for_all_pieces_of_a_step() -> None:
+    slow_disk = dataclasses.replace(CALIBRATION, forward_step_s=0.5)
+    for size in (16, 4):
+        more = priced(1, micro_batch=size, calibration=slow_disk).step_s - priced(1, micro_batch=size).step_s
+        assert more == pytest.approx(0.5 * 3)
+
+
+def test_a_mask_costs_for_each_entry_and_for_each_time_that_a_block_is_made_dense() -> None:
+    what = dataclasses.replace(trained(SPEC, 2, SETTINGS), masked=1000, dense=5000)
+    graphs = dataclasses.replace(CALIBRATION, backend="onnx", entry_s=1e-3, copy_s=1e-4)
+    assert masking_s(trained(SPEC, 2, SETTINGS), graphs, 10, 4, False) == 0, "no mask"
+    one, four = (masking_s(what, graphs, 10, pieces, False) for pieces in (1, 4))
+    assert one == pytest.approx(2 * 5000 * 1e-4 + (1 + 3 / 2) * 1000 * 1e-3), (
+        "one block made anew forward, one backward"
+    )
+    assert four == pytest.approx(8 * 5000 * 1e-4 + (4 + 9 / 2) * 1000 * 1e-3)
+    assert masking_s(what, graphs, 10, 4, True) < four, "layer by layer no block is made twice on the way back"
+    assert masking_s(what, graphs, 1, 4, False) < four, "all entries are copied, without looking for them"
+    assert masking_s(what, dataclasses.replace(graphs, backend="torch"), 10, 4, False) == pytest.approx(6 * 1000 * 1e-3)
 
 
 def test_the_peak_follows_the_longest_text_and_the_time_the_mean() -> None:

@@ -40,4 +40,7 @@ def scaled(calibration: Calibration, factor: float) -> Calibration:
         update_per_parameter_s=c.update_per_parameter_s * factor,
         rest_fixed_s=c.rest_fixed_s * factor,
         rest_per_token_s=c.rest_per_token_s * factor,
+        forward_step_s=c.forward_step_s * factor,
+        entry_s=c.entry_s * factor,
+        copy_s=c.copy_s * factor,
     )
