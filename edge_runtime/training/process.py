@@ -99,8 +99,7 @@ class Worker:
         if limit_bytes and self._cgroup is None:
             _limit_data(self.pid, limit_bytes + RLIMIT_RESERVE_BYTES)
         if nice:
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, self.pid, nice)
+            _lower_priority(self.pid, nice)
         procs = str(self._cgroup / "cgroup.procs") if self._cgroup else None
         threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
         if limit_bytes and self._cgroup is None:
@@ -275,6 +274,15 @@ def _remove_cgroup(folder: Path) -> None:
             return
         except OSError:
             time.sleep(0.05)
+
+
+def _lower_priority(pid: int, nice: int) -> None:
+    """Niceness of a process, and of its session: where the kernel weighs sessions as groups, its own ranks it in there alone."""
+    with contextlib.suppress(OSError):
+        nice = max(nice, os.getpriority(os.PRIO_PROCESS, pid))
+        os.setpriority(os.PRIO_PROCESS, pid, nice)
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text(str(nice))
 
 
 def _limit_data(pid: int, limit_bytes: int) -> None:
