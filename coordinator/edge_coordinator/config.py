@@ -296,11 +296,11 @@ server_learning_rate = 0.0    # 0: the optimizer's own, 1 for fedavg and fedavgm
 server_momentum = 0.9         # of fedavgm, and the first beta of fedadam and fedyogi
 server_beta2 = 0.99           # of fedadam and fedyogi, as tau
 server_tau = 0.001
-rank_distribution = "arithmetic"  # of legend: arithmetic, uniform, halving or decreasing ranks over the blocks
+rank_distribution = "arithmetic"  # of legend and slora-legend: arithmetic, uniform, halving or decreasing ranks over the blocks
 rank_budget = 0               # of legend, the sum of all blocks' ranks; 0: of the arithmetic one up to lora_rank
 suffix_depths = "even"        # of legend: depths that make devices end together; or "deepest", what fits each
 waiting_share = 0.1           # of legend: how much of a round's time devices may wait on average
-sparse_rounds = 0             # of slora: rounds of sparse training before those with adapters; 0: a third of all
+sparse_rounds = 0             # of slora and slora-legend: rounds of sparse training before those with adapters; 0: a third of all
 sparse_density = 0.1          # of slora: the share of the entries of each matrix that they train; 1.0: all
 
 [train]                       # the same for every device
@@ -310,8 +310,8 @@ learning_rate = {learning_rate}
 head_learning_rate = {head_learning_rate}
 weight_decay = 0.01
 optimizer = "adamw"           # adamw8bit, momentum and sgd need less memory
-lora_rank = 0                 # of the methods with LoRA adapters, the largest; 0 is 8 with them, 10 with slora
-lora_alpha = 16.0             # adapters count lora_alpha / lora_rank times; with slora once, whatever stands here
+lora_rank = 0                 # of the methods with LoRA adapters, the largest; 0 is 8 with them, 10 after a sparse start
+lora_alpha = 16.0             # adapters count lora_alpha / lora_rank times; after a sparse start once, whatever stands here
 lora_targets = []             # layers that have adapters or masks, such as "q", "v"; none named: all
 adapter_learning_rate = 0.002
 proximal_mu = 0.0             # above 0: FedProx, which holds local weights near those of the round's start

@@ -165,6 +165,20 @@ def test_slora_asks_for_all_blocks_in_both_stages(number: int, rank: int) -> Non
     assert found == {"strong": (4, rank), "weak": None, "old": (4, rank) if rank else None}
 
 
+def test_slora_under_legend_takes_the_deepest_suffix_that_fits_and_then_legends_depths_and_ranks() -> None:
+    both = (*TABLE, *ADAPTERS)
+    cohort = {"strong": adapters(10_000, both), "middle": adapters(220, both), "head": adapters(149, both)}
+    settings, state = TrainSettings(lora_rank=8), {}
+    for number, wanted in ((1, {"strong": (4, 0, ()), "middle": (2, 0, ()), "head": (0, 0, ())}),
+                           (2, {"strong": (4, 8, (5, 6, 7, 8)), "middle": (2, 8, (7, 8)), "head": (0, 0, ())})):  # fmt: skip
+        options = Options(rounds=3, suffix_depths="deepest")
+        chosen, state = configure_train("slora-legend", state, cohort, number=number, num_blocks=BLOCKS, settings=settings, options=options)  # fmt: skip
+        assert {d: (c.row.depth, c.row.rank, c.ranks) for d, c in chosen.items() if c.row} == wanted
+    assert state["sparse_rounds"] == 1 and set(state["rates"]) == set(cohort)
+    even, _ = configure_train("slora-legend", state, cohort, number=2, num_blocks=BLOCKS, settings=settings, options=Options(rounds=3))  # fmt: skip
+    assert even["middle"].ranks == (7, 8)
+
+
 def test_head_trains_the_head_on_every_device_that_can() -> None:
     assert depths("head", COHORT) == {"strong": 0, "middle": 0, "weak": 0, "none": None}
 

@@ -301,6 +301,31 @@ def test_versions_of_both_stages_are_exported_whole_and_the_adapters_alone(tmp_p
     assert all((weights[name].array() == array(sparse, name, of)).all() for name in matrices(of))
 
 
+def test_under_legend_each_block_begins_with_its_rank_and_what_nobody_trains_stays_primed(
+    tmp_path: Path, model: Path
+) -> None:
+    world = a_world(tmp_path / "f", model, rounds=3, method="slora-legend", lora_rank="4", suffix_depths='"deepest"')
+    shallow = (*rows(0, 1), *rows(1, rank=4))
+    devices = [device(world, 0, table=shallow), device(world, 1, table=(*rows(0, 1, 2), *rows(1, 2, rank=4)))]
+    while not world.kinds("round-published"):
+        world.step(*devices, times=1)
+    assert [one.grants[0].plan.chosen.depth for one in devices] == [1, 2]
+    devices[1].table = shallow
+    begun = until(world, devices, 2)
+    start, sparse = version(world, 1), version(world, 2)
+    for name in matrices(start):
+        stem, rank = name.removesuffix(".weight"), 4 if ".layer.1." in name else 3
+        change = array(world, name, sparse).astype(np.float64) - array(world, name, start)
+        product = array(world, stem + B, begun).astype(np.float64) @ array(world, stem + A, begun)
+        assert array(world, stem + A, begun).shape[0] == rank and change.any()
+        assert np.abs(product - best(change, rank)).max() < 1e-6 * np.abs(change).max()
+    last = to_the_end(world, devices)
+    changed = {name for name, blob in blobs(last).items() if blob != blobs(begun)[name]}
+    assert changed == {t.name for t in begun.adapters if t.part == 1} | {"classifier.weight", "classifier.bias"}
+    assert [g.plan.ranks for g in devices[1].grants] == [(), (4,), (4,)]
+    assert last.adapter_scale == 1.0
+
+
 # other settings, methods and runs
 
 

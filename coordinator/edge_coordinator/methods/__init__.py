@@ -43,6 +43,7 @@ METHODS: dict[str, Method] = {
     "flora": flora.METHOD,
     "legend": legend.METHOD,
     "slora": slora.METHOD,
+    "slora-legend": slora.WITH_LEGEND,
 }
 SUMMARIES: dict[str, str] = {name: method.summary for name, method in METHODS.items()}
 

@@ -18,6 +18,10 @@ layer norms and embeddings are not masked and stay as they are. In both stages d
 with `lora`. Where dW has fewer directions than r, or is zero, the other rows of A are drawn as `lora`'s and the columns of B are
 zero: zeros in both could never be trained. Where R1 is all the rounds there is no second stage: plain sparse training.
 Memory of the start: one matrix of float64, its product with itself, and what the eigenvectors of that need.
+
+`primed` puts such a start before any method with adapters. `slora-legend` is ours: LEGEND after it, a block's adapter of the rank
+that LEGEND's distribution gives it. In its first stage each device trains masked entries of the deepest suffix that fits it, as
+with CAFF. A device of less depth computes the blocks below with their primed adapters, which only others train.
 """
 
 from __future__ import annotations
@@ -26,9 +30,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from edge_coordinator.methods import lora
+from edge_coordinator.methods import caff, legend, lora
 from edge_coordinator.methods.best_product import best_product
-from edge_coordinator.methods.method import Choice, Cohort, Method, Options, State
+from edge_coordinator.methods.method import Choice, Cohort, Configure, Method, Options, State, by_table
 from edge_runtime.records import TrainSettings
 
 if TYPE_CHECKING:
@@ -37,10 +41,22 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def configure(state: State, cohort: Cohort) -> tuple[Mapping[str, Choice], State]:
-    """some rounds of sparse training, whose changes become the adapters that LoRA begins with (SLoRA)"""
-    choices, _ = lora.everywhere(state, cohort)  # rows of the first stage have rank 0, and so do its settings
-    return choices, {**state, "sparse_rounds": sparse_rounds(state, cohort.options)}
+def primed(then: Method, sparse: Configure, summary: str) -> Method:
+    """A method whose adapters begin with what rounds of sparse training have changed.
+
+    Args:
+        then: the method, which trains adapters in all its rounds.
+        sparse: plans of the rounds before, from tables and settings without adapters.
+    """
+
+    def configure(state: State, cohort: Cohort) -> tuple[Mapping[str, Choice], State]:
+        last = sparse_rounds(state, cohort.options)
+        choices, after = (sparse if cohort.number <= last else then.configure)(state, cohort)
+        return choices, {**after, "sparse_rounds": last}
+
+    return replace(
+        then, summary=summary, configure=configure, rank=10, round_settings=round_settings, prime=best_product
+    )
 
 
 def sparse_rounds(state: State, options: Options) -> int:
@@ -56,11 +72,13 @@ def round_settings(state: State, number: int, settings: TrainSettings, options: 
     return replace(settings, lora_rank=0, mask_every=every, mask_seed=settings.seed)
 
 
-METHOD = Method(
+METHOD = primed(
+    Method("", lora.everywhere, adapters="ab"),
+    lora.everywhere,  # rows of the first stage have rank 0, and so do its settings
     "some rounds of sparse training, whose changes become the adapters that LoRA begins with (SLoRA)",
-    configure,
-    adapters="ab",
-    rank=10,
-    round_settings=round_settings,
-    prime=best_product,
+)
+WITH_LEGEND = primed(
+    legend.METHOD,
+    by_table(caff.choose),
+    "as slora, but each device trains a suffix: the deepest that fits, then LEGEND's depths and ranks",
 )
