@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_coordinator.methods import configure_train
-from edge_coordinator.methods.legend import DISTRIBUTIONS, distribution, lcd
+from edge_coordinator.methods.legend import DISTRIBUTIONS, lcd
 from edge_coordinator.methods.method import Choice, Options, State
+from edge_runtime.asks import distribution
 from edge_runtime.records import Budget, CostRow, TrainSettings
 from edge_runtime.wire import Join
 from tests.samples import BOOT, quickly

@@ -5,39 +5,24 @@ A method sees cost tables, budgets, names, shapes and numbers: never a socket, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from edge_coordinator.methods import baselines, caff, flexlora, flora, hetlora, legend, lora, slora
-from edge_coordinator.methods.method import Choice, Cohort, Configure, Method, Options, State, by_table
+from edge_coordinator.methods.method import Choice, Cohort, Method, Options, State
 from edge_runtime.codecs import CODECS
 from edge_runtime.records import CostRow, TrainSettings
 from edge_runtime.wire import Join
 
-
-def _first_line(function: Callable[..., object]) -> str:
-    return (function.__doc__ or "").splitlines()[0]
-
-
-def _averaging(choose: Callable[..., Mapping[str, CostRow | None]]) -> Method:
-    """A method that differs in the plan alone."""
-    return Method(_first_line(choose), by_table(choose))
-
-
-def _lora(configure: Configure, *, adapters: str = "ab") -> Method:
-    """A method that averages A and B separately."""
-    return Method(_first_line(configure), configure, adapters=adapters)
-
-
 METHODS: dict[str, Method] = {
-    "caff": _averaging(caff.choose),
-    "full": _averaging(baselines.full),
-    "head": _averaging(baselines.head),
-    "straggler": _averaging(baselines.straggler),
-    "exclusive": _averaging(baselines.exclusive),
-    "lora": _lora(lora.everywhere),
-    "ffa-lora": _lora(lora.only_b, adapters="b"),
-    "lora-suffix": _lora(lora.suffix),
+    "caff": caff.METHOD,
+    "full": baselines.FULL,
+    "head": baselines.HEAD,
+    "straggler": baselines.STRAGGLER,
+    "exclusive": baselines.EXCLUSIVE,
+    "lora": lora.EVERYWHERE,
+    "ffa-lora": lora.ONLY_B,
+    "lora-suffix": lora.SUFFIX,
     "hetlora": hetlora.METHOD,
     "flexlora": flexlora.METHOD,
     "flora": flora.METHOD,

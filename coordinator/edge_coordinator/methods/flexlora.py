@@ -17,8 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edge_coordinator.methods.best_product import best_product
-from edge_coordinator.methods.lora import largest_rank
-from edge_coordinator.methods.method import Change, Collected, Method, State, Trained
+from edge_coordinator.methods.method import Change, Collected, State, Trained, alone
 from edge_runtime.layout import A, B
 from edge_runtime.model import TensorSpec
 
@@ -57,11 +56,4 @@ def mean_product(matrix: TensorSpec, trained: Sequence[Trained]) -> Array:
     return total
 
 
-METHOD = Method(
-    "adapters of each device's largest rank, their mean product cut anew by SVD",
-    largest_rank,
-    aggregate,
-    adapters="ab",
-    keeps_updates=True,
-    remakes_adapters=True,
-)
+METHOD = alone("flexlora", aggregate, keeps_updates=True, remakes_adapters=True)

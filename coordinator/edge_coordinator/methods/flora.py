@@ -16,8 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edge_coordinator.methods.flexlora import mean_product
-from edge_coordinator.methods.lora import largest_rank
-from edge_coordinator.methods.method import Change, Collected, Method, State
+from edge_coordinator.methods.method import Change, Collected, State, alone
 from edge_coordinator.start_adapters import fresh_a
 from edge_runtime.layout import A, B, scale
 
@@ -42,11 +41,4 @@ def _changes(collected: Collected) -> Iterator[Change]:
         yield Change(stem + B, np.zeros(b.shape), replaces=True)
 
 
-METHOD = Method(
-    "adapters of each device's largest rank, stacked and merged into the base each round",
-    largest_rank,
-    aggregate,
-    adapters="ab",
-    keeps_updates=True,
-    remakes_adapters=True,
-)
+METHOD = alone("flora", aggregate, keeps_updates=True, remakes_adapters=True)

@@ -16,8 +16,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from edge_coordinator.methods.lora import largest_rank
-from edge_coordinator.methods.method import Change, Collected, Method, State
+from edge_coordinator.methods.method import Change, Collected, State, alone
 from edge_runtime.layout import A, B
 
 if TYPE_CHECKING:
@@ -65,10 +64,4 @@ def weights(norms: list[float], num_examples: list[int]) -> list[float]:
     return [value / sum(of) for value in of]
 
 
-METHOD = Method(
-    "adapters of each device's largest rank, zero-padded, weighted by their norm",
-    largest_rank,
-    aggregate,
-    adapters="ab",
-    keeps_updates=True,
-)
+METHOD = alone("hetlora", aggregate, keeps_updates=True)

@@ -1,7 +1,7 @@
 """LEGEND: adapters whose rank grows towards the output, in as many of the last blocks of each device as keep the round even.
 
 Liu et al., arXiv 2412.20004, IEEE TMC 2025. One global distribution of ranks over the blocks, so that a layer has the same rank
-on every device; a device of depth k trains the last k blocks (`distribution`). Its time (reading) is
+on every device; a device of depth k trains the last k blocks (`edge_runtime/asks.py`). Its time (reading) is
 
     t_i(k) = forward_i + k mu_i + beta_i * (sum of the ranks of the last k blocks)
 
@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edge_coordinator.methods.method import Choice, Cohort, Method, Options, State
+from edge_runtime.asks import ASKS, Asker, by_depth, distribution
 from edge_runtime.records import CostRow, TrainSettings
 
 DISTRIBUTIONS = ("arithmetic", "uniform", "halving", "decreasing")
@@ -35,14 +36,15 @@ class Rates:
 
 
 def configure(state: State, cohort: Cohort) -> tuple[Mapping[str, Choice], State]:
-    """ranks that grow towards the output, in the last blocks, as deep as keeps the round even (LEGEND)"""
+    """Ranks that grow towards the output, in the last blocks, as deep as keeps the round even."""
     options, blocks = cohort.options, cohort.num_blocks
     ranks = block_ranks(blocks, cohort.settings, options)
+    asker = Asker(blocks, cohort.settings, ranks)
     known: dict[str, Mapping[str, float]] = dict(state.get("rates", {}))
     times: dict[str, list[float]] = {}
     usable: dict[str, list[CostRow]] = {}
     for device, table in sorted(cohort.tables.items()):
-        usable[device] = rows = by_depth(table, ranks)
+        usable[device] = rows = by_depth(table, asker)
         if not rows:
             continue
         join = cohort.joins[device]
@@ -64,39 +66,6 @@ def configure(state: State, cohort: Cohort) -> tuple[Mapping[str, Choice], State
 def block_ranks(num_blocks: int, settings: TrainSettings, options: Options) -> tuple[int, ...]:
     """The one distribution of the run."""
     return distribution(options.rank_distribution, num_blocks, settings.lora_rank, options.rank_budget)
-
-
-def distribution(kind: str, num_blocks: int, largest: int, budget: int = 0) -> tuple[int, ...]:
-    """The rank of each block, from input to output: at least 1, at most `largest`, in sum at most `budget` (if that is possible).
-
-    `arithmetic`: r_0 + l, with r_0 = floor((budget - L (L - 1) / 2) / L); `decreasing`: the same backwards; `uniform`:
-    floor(budget / L); `halving`: each block has twice the rank of the one before it. Without a budget it is the sum of the
-    arithmetic distribution whose last rank is `largest`, so that all kinds may spend the same.
-    """
-    steps = num_blocks * (num_blocks - 1) // 2
-    budget = budget or sum(max(1, largest - i) for i in range(num_blocks))
-    if kind == "uniform":
-        found = [budget // num_blocks] * num_blocks
-    elif kind == "halving":
-        found = [(budget << block) // ((1 << num_blocks) - 1) for block in range(num_blocks)]
-    else:
-        found = [(budget - steps) // num_blocks + block for block in range(num_blocks)]
-    found = [min(largest, max(1, rank)) for rank in found]
-    for block, rank in enumerate(found):  # where ranks below 1 became 1, the lowest of the others pay for them
-        found[block] -= min(rank - 1, max(0, sum(found) - budget))
-    return tuple(reversed(found)) if kind == "decreasing" else tuple(found)
-
-
-def by_depth(table: Sequence[CostRow], ranks: Sequence[int]) -> list[CostRow]:
-    """The fastest row of each depth from 0 on, as deep as there is one whose rank covers the suffix's largest."""
-    found: list[CostRow] = []
-    for depth in range(len(ranks) + 1):
-        needed = max(ranks[len(ranks) - depth :], default=0)
-        rows = [row for row in table if row.depth == depth and row.rank >= needed]
-        if not rows:
-            break
-        found.append(min(rows, key=lambda row: (row.rank, row.epoch_s)))
-    return found
 
 
 def rates(rows: Sequence[CostRow], ranks: Sequence[int], epochs: int, ratio: float, uplink_bytes_per_s: float) -> Rates:
@@ -145,9 +114,4 @@ def lcd(times: Mapping[str, Sequence[float]], waiting_share: float) -> dict[str,
             return depths
 
 
-METHOD = Method(
-    "adapters whose rank grows towards the output, as deep as keeps the round even (LEGEND)",
-    configure,
-    adapters="ab",
-    block_ranks=block_ranks,
-)
+METHOD = Method(ASKS["legend"].summary, configure, adapters="ab", block_ranks=block_ranks)

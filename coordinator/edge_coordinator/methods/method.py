@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edge_runtime.asks import ASKS, Ask, Asker
 from edge_runtime.model import TensorSpec
 from edge_runtime.records import CostRow, TrainSettings
 from edge_runtime.wire import Join
@@ -209,11 +210,28 @@ class Method:
         return Stage(settings, self.adapters, self.block_ranks(num_blocks, settings, options))
 
 
-def by_table(choose: Callable[[Tables, int], Mapping[str, CostRow | None]]) -> Configure:
-    """A `configure` that needs the tables alone and remembers nothing."""
+def by_ask(ask: Ask) -> Configure:
+    """A `configure` that gives each device what its own table asks for, and remembers nothing."""
 
     def configure(state: State, cohort: Cohort) -> tuple[Mapping[str, Choice], State]:
-        chosen = choose(cohort.tables, cohort.num_blocks)
-        return {device: Choice(row) for device, row in chosen.items()}, state
+        asker = Asker(cohort.num_blocks, cohort.settings)
+        return {device: Choice(ask.pick(rows, asker)) for device, rows in cohort.tables.items()}, state
 
     return configure
+
+
+def alone(
+    name: str, aggregate: Aggregate = averaged, *, keeps_updates: bool = False, remakes_adapters: bool = False
+) -> Method:
+    """A method of one stage in which each device is given what its own table asks for (`edge_runtime/asks.py`)."""
+    asks = ASKS[name]
+    (ask,) = asks.stages
+    return Method(
+        asks.summary,
+        by_ask(ask),
+        aggregate,
+        adapters=ask.adapters,
+        keeps_updates=keeps_updates,
+        remakes_adapters=remakes_adapters,
+        rank=asks.rank,
+    )

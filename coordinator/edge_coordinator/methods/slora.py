@@ -30,9 +30,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from edge_coordinator.methods import caff, legend, lora
+from edge_coordinator.methods import legend, lora
 from edge_coordinator.methods.best_product import best_product
-from edge_coordinator.methods.method import Choice, Cohort, Configure, Method, Options, State, by_table
+from edge_coordinator.methods.method import Choice, Cohort, Method, Options, State, by_ask
+from edge_runtime.asks import ASKS
 from edge_runtime.records import TrainSettings
 
 if TYPE_CHECKING:
@@ -41,22 +42,23 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def primed(then: Method, sparse: Configure, summary: str) -> Method:
+def primed(then: Method, name: str) -> Method:
     """A method whose adapters begin with what rounds of sparse training have changed.
 
     Args:
         then: the method, which trains adapters in all its rounds.
-        sparse: plans of the rounds before, from tables and settings without adapters.
+        name: whose first stage says what the rounds before ask of a device, from tables and settings without adapters.
     """
+    asks = ASKS[name]
+    sparse = by_ask(asks.stages[0])
 
     def configure(state: State, cohort: Cohort) -> tuple[Mapping[str, Choice], State]:
         last = sparse_rounds(state, cohort.options)
         choices, after = (sparse if cohort.number <= last else then.configure)(state, cohort)
         return choices, {**after, "sparse_rounds": last}
 
-    return replace(
-        then, summary=summary, configure=configure, rank=10, round_settings=round_settings, prime=best_product
-    )
+    made = replace(then, summary=asks.summary, configure=configure, rank=asks.rank)
+    return replace(made, round_settings=round_settings, prime=best_product)
 
 
 def sparse_rounds(state: State, options: Options) -> int:
@@ -72,13 +74,5 @@ def round_settings(state: State, number: int, settings: TrainSettings, options: 
     return replace(settings, lora_rank=0, mask_every=every, mask_seed=settings.seed)
 
 
-METHOD = primed(
-    Method("", lora.everywhere, adapters="ab"),
-    lora.everywhere,  # rows of the first stage have rank 0, and so do its settings
-    "some rounds of sparse training, whose changes become the adapters that LoRA begins with (SLoRA)",
-)
-WITH_LEGEND = primed(
-    legend.METHOD,
-    by_table(caff.choose),
-    "as slora, but each device trains a suffix: the deepest that fits, then LEGEND's depths and ranks",
-)
+METHOD = primed(lora.EVERYWHERE, "slora")
+WITH_LEGEND = primed(legend.METHOD, "slora-legend")

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edge_coordinator.config import FleetConfig
-from edge_coordinator.methods.caff import deepest
 from edge_coordinator.sim.devices import Plans, VirtualDevice
 from edge_coordinator.sim.making import SimOptions, calibrated, calibrations, make_devices
+from edge_runtime.asks import deepest
 from edge_runtime.engine import EngineOptions, find_engine
 from edge_runtime.local import prepare
 from edge_runtime.planner import budgets_over, feasible
