@@ -60,7 +60,7 @@ class Ask:
     def settings(self, base: TrainSettings, rank: int) -> TrainSettings:
         """Of the stage. Args: base: the run's; rank: of adapters where those name none."""
         if self.trains == "blocks":
-            return replace(base, lora_rank=0)
+            return replace(base, lora_rank=0, lora_targets=base.lora_targets if base.mask_every else ())
         if self.trains == "entries":
             return replace(base, lora_rank=0, mask_every=base.mask_every or MASK_EVERY)
         return replace(base, lora_rank=base.lora_rank or rank, mask_every=0)

@@ -89,9 +89,12 @@ def _add_plan(commands: Commands) -> None:
         "Show what could be trained here, at what cost, what fits, and the choice.",
         "edge-runtime plan minilm-l6 --data texts.csv",
         "edge-runtime plan ./my-model --data texts.jsonl --memory 450MB --time 10m --upload 8MB",
+        "edge-runtime plan minilm-l6 --data texts.csv --memory 300MB --method all",
     )
     _training_flags(plan)
     plan.add_argument("--upload", help="most bytes of one update, for example 8MB")
+    method = "what a fleet with this method would have this device train, or with each: all"
+    plan.add_argument("--method", help=method)
     plan.set_defaults(run=do.run_plan)
 
 

@@ -67,7 +67,9 @@ def _profile_fields(found: DeviceProfile) -> list[tuple[str, str]]:
 
 def run_plan(args: Namespace) -> int:
     """Print every candidate with its predicted cost, what fits, and the choice; that nothing fits is an exit code."""
-    planned, _ = _plan(args)
+    if args.method:
+        return _run_plan_of_methods(args)
+    planned, _ = _plan(args, _settings(args))
     if args.json:
         print_json(_plan_record(planned))
     else:
@@ -75,9 +77,25 @@ def run_plan(args: Namespace) -> int:
     return 0 if planned.chosen else DoesNotFit.exit_code
 
 
-def _plan(args: Namespace) -> tuple[local.Planned, local.Device]:
-    """The plan for the flags that `plan` and `train` share, and the device it is for."""
-    settings = TrainSettings(
+def _run_plan_of_methods(args: Namespace) -> int:
+    """Print what this device would train under one method of a fleet, or under each."""
+    from edge_runtime.method_plans import method_plans, names_of, shown
+
+    if args.adapter:
+        raise UsageError("a fleet begins with its own adapters: leave --adapter away, or --method")
+    plans, planned = method_plans(names_of(args.method), _settings(args), lambda settings: _plan(args, settings)[0])
+    if args.json:
+        print_json({"plans": [plan.record() for plan in plans], **_limits_record(planned)})
+    else:
+        _print_limits(planned)
+        print("\n" + shown(plans, planned.source.spec.num_blocks))
+        print("\npredicted, not measured; alone in the fleet, with what its fleet.toml says unless it is changed")
+    return 0 if any(plan.row for plan in plans) else DoesNotFit.exit_code
+
+
+def _settings(args: Namespace) -> TrainSettings:
+    """How to train, by the flags."""
+    return TrainSettings(
         epochs=args.epochs,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
@@ -92,6 +110,10 @@ def _plan(args: Namespace) -> tuple[local.Planned, local.Device]:
         mask_every=args.mask_every,
         mask_seed=args.mask_seed,
     )
+
+
+def _plan(args: Namespace, settings: TrainSettings) -> tuple[local.Planned, local.Device]:
+    """The plan for the flags that `plan` and `train` share, and the device it is for."""
     device = local.Device.measure(args.threads, speed=False)
     bad_rows = "skip" if args.skip_bad_rows else "error"
     planned = local.plan(
@@ -131,12 +153,15 @@ def _plan_record(planned: local.Planned) -> dict[str, Any]:
         ],
         "chosen": dataclasses.asdict(planned.chosen) if planned.chosen else None,
         "refusal": planned.refusal,
-        "budget": dataclasses.asdict(planned.budget),
-        "data": dataclasses.asdict(planned.prepared.data),
+        **_limits_record(planned),
     }
 
 
-def _print_plan(planned: local.Planned) -> None:
+def _limits_record(planned: local.Planned) -> dict[str, Any]:
+    return {"budget": dataclasses.asdict(planned.budget), "data": dataclasses.asdict(planned.prepared.data)}
+
+
+def _print_limits(planned: local.Planned) -> None:
     data, budget = planned.prepared.data, planned.budget
     print(
         f"{data.num_examples} examples, {data.mean_length:.1f} tokens on average, {data.longest} at most, "
@@ -146,6 +171,10 @@ def _print_plan(planned: local.Planned) -> None:
         f"budgets: memory {mib(budget.memory_bytes)}, time {f'{budget.time_s:.0f} s' if budget.time_s else 'any'}, "
         f"upload {mib(budget.upload_bytes) if budget.upload_bytes else 'any'}"
     )
+
+
+def _print_plan(planned: local.Planned) -> None:
+    _print_limits(planned)
     row = planned.rows[-1]
     print(
         f"backend {row.backend}"
@@ -183,7 +212,7 @@ def _plan_cells(planned: local.Planned) -> list[list[str]]:
 def run_train(args: Namespace) -> int:
     """Plan, finetune in a worker process within the budget, save the model, and print what was promised and measured."""
     local.check_outputs(args.out, args.adapter_out, delta=args.delta)
-    planned, device = _plan(args)
+    planned, device = _plan(args, _settings(args))
     outputs = {"delta": args.delta, "adapter_out": args.adapter_out}
     trained = local.train(planned, args.out, device=device, depth=args.depth, **outputs, progress=Bar("training"))
     if args.json:

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_coordinator.methods import METHODS, SUMMARIES, configure_train
-from edge_coordinator.methods.method import Choice, Options, Stage, State
+from edge_coordinator.methods.method import Choice, Options, Stage, State, one_rank
+from edge_runtime.asks import ASKS, Asker, distribution
+from edge_runtime.planner import feasible
 from edge_runtime.records import Budget, CostRow, TrainSettings
 from edge_runtime.wire import Join
 from tests.samples import BOOT, quickly
@@ -229,6 +231,13 @@ def test_every_method_has_a_line_that_says_what_it_does(method: str) -> None:
     assert 10 < len(SUMMARIES[method]) < 100
 
 
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_what_a_method_asks_of_a_device_is_written_once(method: str) -> None:
+    made, asks = METHODS[method], ASKS[method]
+    assert (made.summary, made.rank, made.adapters) == (asks.summary, asks.rank, asks.stages[-1].adapters)
+    assert (made.prime is not None, made.block_ranks is not one_rank) == (len(asks.stages) > 1, asks.graded)
+
+
 CANDIDATES = st.builds(
     row,
     st.integers(0, BLOCKS + 2),
@@ -244,6 +253,26 @@ JOINS = st.builds(
     time_s=st.none() | st.floats(0, 300),
     upload_mib=st.none() | st.integers(0, 6),
 )
+
+
+@pytest.mark.parametrize(
+    ("method", "stage"), [(m, n) for m in sorted(METHODS) for n in range(1, 1 + len(ASKS[m].stages))]
+)
+@quickly(40)
+@given(join=JOINS, epochs=st.integers(1, 3))
+def test_a_device_alone_in_its_cohort_is_given_what_plan_tells_it(
+    method: str, stage: int, join: Join, epochs: int
+) -> None:
+    options, asks = Options(rounds=3), ASKS[method]
+    rank = 8 if METHODS[method].adapters else 0
+    given, _ = configure_train(method, {}, {"a": join}, number=stage, num_blocks=BLOCKS,
+                               settings=TrainSettings(epochs=epochs, lora_rank=rank), options=options)  # fmt: skip
+    settings = asks.stages[stage - 1].settings(TrainSettings(epochs=epochs, lora_rank=rank), asks.rank)
+    ranks = distribution("arithmetic", BLOCKS, rank) if asks.graded else ()
+    usable = [r for r in join.table if r.depth <= BLOCKS
+              and (1 <= r.rank <= settings.lora_rank if settings.lora_rank and r.depth else r.rank == 0)]  # fmt: skip
+    fitting = feasible(usable, join.budget, epochs)
+    assert given["a"].row == asks.stages[stage - 1].pick(fitting, Asker(BLOCKS, settings, ranks))
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
