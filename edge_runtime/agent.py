@@ -22,6 +22,7 @@ from typing import Any
 from edge_runtime.codecs import CODECS
 from edge_runtime.errors import ConnectionFailed, DoesNotFit, EdgeError, StoreError, TrainingFailed, WireError
 from edge_runtime.keeper import Emit, ModelKeeper
+from edge_runtime.kinds import FRESH
 from edge_runtime.layout import layout, misfit, scale
 from edge_runtime.manifest import Manifest
 from edge_runtime.outbox import Outbox
@@ -446,9 +447,10 @@ def _impossible(plan: Plan, rows: tuple[CostRow, ...]) -> str:
 
 def _strange(plan: Plan, manifest: Manifest) -> str:
     """Why a plan, which holds together, is none for the model that is held; empty if it is one."""
-    if bool(plan.adapters) != bool(manifest.adapters):
+    of_model = plan.adapters not in ("", FRESH)
+    if of_model != bool(manifest.adapters):
         return f"the plan's adapters are {plan.adapters!r}, the model has {len(manifest.adapters)} tensors of adapters"
-    if not plan.adapters:
+    if not of_model:
         return ""
     if scale(plan.settings) != manifest.adapter_scale:
         return "the plan scales adapters in another way than the model"

@@ -11,9 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
+from edge_runtime.kinds import FRESH
 from edge_runtime.records import CostRow, TrainSettings
 
 MASK_EVERY = 10  # of a sparse stage where nothing else is said
+GAINS = {  # measured, by the share of the blocks that is trained: 0, a third, two thirds, all (docs/results/gains.md)
+    "blocks": (0.0, 21.7, 27.5, 29.8),
+    "adapters": (0.0, 17.3, 24.1, 27.0),
+    "entries": (0.0, 14.4, 25.7, 29.0),
+}
+NEAR = 1.0  # points: no difference, between figures with such an error
 Rows: TypeAlias = Sequence[CostRow]
 
 
@@ -32,7 +39,7 @@ class Asker:
 
 
 Suitable = Callable[[Rows, Asker], list[CostRow]]
-Best = Callable[[Rows], CostRow | None]
+Best = Callable[[Rows, Asker], CostRow | None]
 
 
 @dataclass(frozen=True)
@@ -40,14 +47,14 @@ class Ask:
     """What is asked in one stage of a method.
 
     Attributes:
-        trains: the blocks themselves, masked entries of their matrices, or adapters.
+        trains: the blocks themselves, masked entries of their matrices, adapters, or any of these (`kinds.py`).
         suitable: the rows of a table that would do, whether they fit or not.
         best: of suitable ones that fit, the one that is given.
         adapters: what of them is trained and sent, as in a plan.
         beyond: what the coordinator decides with the whole cohort in view, in words.
     """
 
-    trains: Literal["blocks", "entries", "adapters"]
+    trains: Literal["blocks", "entries", "adapters", "any"]
     suitable: Suitable
     best: Best
     adapters: str = ""
@@ -55,7 +62,7 @@ class Ask:
 
     def pick(self, fitting: Rows, asker: Asker) -> CostRow | None:
         """The row that a device is given of those within its budgets; None if none of them would do."""
-        return self.best(self.suitable(fitting, asker))
+        return self.best(self.suitable(fitting, asker), asker)
 
     def settings(self, base: TrainSettings, rank: int) -> TrainSettings:
         """Of the stage. Args: base: the run's; rank: of adapters where those name none."""
@@ -63,7 +70,8 @@ class Ask:
             return replace(base, lora_rank=0, lora_targets=base.lora_targets if base.mask_every else ())
         if self.trains == "entries":
             return replace(base, lora_rank=0, mask_every=base.mask_every or MASK_EVERY)
-        return replace(base, lora_rank=base.lora_rank or rank, mask_every=0)
+        every = (base.mask_every or MASK_EVERY) if self.trains == "any" else 0
+        return replace(base, lora_rank=base.lora_rank or rank, mask_every=every)
 
 
 @dataclass(frozen=True)
@@ -83,19 +91,35 @@ class Asks:
     graded: bool = False
 
 
-def deepest(rows: Rows) -> CostRow | None:
+def deepest(rows: Rows, asker: Asker | None = None) -> CostRow | None:
     """The deepest row, the fastest among equals."""
     return max(rows, key=lambda r: (r.depth, -r.epoch_s), default=None)
 
 
-def fastest(rows: Rows) -> CostRow | None:
+def fastest(rows: Rows, asker: Asker | None = None) -> CostRow | None:
     """The fastest row."""
     return min(rows, key=lambda r: r.epoch_s, default=None)
 
 
-def widest(rows: Rows) -> CostRow | None:
+def widest(rows: Rows, asker: Asker | None = None) -> CostRow | None:
     """The row of the largest rank, the fastest among equals."""
     return max(rows, key=lambda r: (r.rank, -r.epoch_s), default=None)
+
+
+def expected_gain(row: CostRow, num_blocks: int) -> float:
+    """Points of accuracy that a round of training such a row is expected to give beyond the head alone (`GAINS`)."""
+    of_kind = GAINS["entries" if row.mask_every else "adapters" if row.rank else "blocks"]
+    place = row.depth / num_blocks * (len(of_kind) - 1)
+    below = min(int(place), len(of_kind) - 2)
+    return of_kind[below] + (place - below) * (of_kind[below + 1] - of_kind[below])
+
+
+def most_gain(rows: Rows, asker: Asker) -> CostRow | None:
+    """Of the rows within `NEAR` of the largest expected gain the one that sends least, the fastest among equals."""
+    num_blocks = asker.num_blocks
+    most = max((expected_gain(row, num_blocks) for row in rows), default=0.0)
+    near = [row for row in rows if expected_gain(row, num_blocks) >= most - NEAR]
+    return min(near, key=lambda r: (r.upload_bytes, r.epoch_s), default=None)
 
 
 def any_depth(rows: Rows, asker: Asker) -> list[CostRow]:
@@ -167,6 +191,7 @@ ADAPTERS = Ask("adapters", all_blocks_of_rank, fastest, "ab")
 ONLY_B = Ask("adapters", all_blocks_of_rank, fastest, "b")
 ADAPTERS_OF_SUFFIX = Ask("adapters", of_rank, deepest, "ab")
 WIDEST = Ask("adapters", all_blocks, widest, "ab")
+MOST_GAIN = Ask("any", any_depth, most_gain, FRESH)
 GRADED = Ask("adapters", by_depth, deepest, "ab", "fewer blocks where other devices would have to wait")
 
 ASKS: dict[str, Asks] = {
@@ -195,4 +220,5 @@ ASKS: dict[str, Asks] = {
         rank=10,
         graded=True,
     ),
+    "auto": Asks("a suffix in full, adapters or masked entries of it: what promises most within the budgets", (MOST_GAIN,)),
 }  # fmt: skip

@@ -346,6 +346,7 @@ def cost(
         cached=cached,
         later_epoch_s=step * steps if cached else 0.0,
         codec=codec,
+        mask_every=settings.mask_every if what.masked else 0,
     )
 
 

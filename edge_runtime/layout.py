@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 
 from edge_runtime.errors import UsageError
 from edge_runtime.graphs.bundle import common_prefix
+from edge_runtime.kinds import FRESH
 from edge_runtime.model import ModelSpec, TensorSpec, load_family
 from edge_runtime.records import Plan, TrainSettings
 
 A, B = ".lora_a", ".lora_b"  # in place of ".weight": (rank, inputs) and (outputs, rank)
 MASKED = ".masked"  # in place of ".weight": the trained entries of a matrix (`masks.py`)
-ADAPTERS = ("", "ab", "b")
+ADAPTERS = ("", "ab", "b", FRESH)
 
 
 def layout(spec: ModelSpec, plan: Plan) -> tuple[TensorSpec, ...]:

@@ -13,9 +13,10 @@ from typing import Any
 from edge_runtime.asks import ASKS, Ask, Asker, distribution
 from edge_runtime.console import table
 from edge_runtime.errors import UsageError
+from edge_runtime.kinds import kinds
 from edge_runtime.local import Planned
 from edge_runtime.planner import cost_table, feasible, mib, offered_ranks, over_budget
-from edge_runtime.records import CostRow, TrainSettings
+from edge_runtime.records import Budget, CostRow, TrainSettings
 
 ALL = "all"
 PlanWith = Callable[[TrainSettings], Planned]  # measures this machine for such settings, as `local.plan` does
@@ -59,7 +60,7 @@ class MethodPlan:
         if rank:
             shown = f"ranks {' '.join(map(str, self.ranks))}" if len(self.ranks) > 1 else f"rank {rank}"
             return f"adapters of {shown} in {where}"
-        every = self.settings.mask_every
+        every = self.row.mask_every
         return f"one of {every} entries in {where}" if every else where
 
     def record(self) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class MethodPlan:
             "row": dataclasses.asdict(self.row) if self.row else None,
             "total_s": self.total_s,
             "ranks": self.ranks,
-            "mask_every": self.settings.mask_every,
+            "mask_every": self.row.mask_every if self.row else 0,
             "why_not": self.why_not,
             "beyond": self.beyond,
         }
@@ -106,19 +107,26 @@ def method_plans(names: Sequence[str], base: TrainSettings, plan_with: PlanWith)
         asks = ASKS[name]
         for number, ask in enumerate(asks.stages, 1):
             settings = ask.settings(base, asks.rank)
-            planned = planned_for(settings)
+            of_kinds = [(planned_for(own), own, sent) for own, sent in kinds(settings, ask.adapters)]
+            planned = of_kinds[0][0]
             blocks = planned.source.spec.num_blocks
             graded = asks.graded and settings.lora_rank
             ranks = distribution("arithmetic", blocks, settings.lora_rank) if graded else ()
             stage = (name, number, len(asks.stages))
-            found.append(_one(stage, ask, Asker(blocks, settings, ranks), planned))
+            rows = [row for one in of_kinds for row in _rows(*one)]
+            found.append(_one(stage, ask, Asker(blocks, settings, ranks), rows, planned.budget))
     return found, planned
 
 
-def _one(stage: tuple[str, int, int], ask: Ask, asker: Asker, planned: Planned) -> MethodPlan:
-    settings, budget, spec = asker.settings, planned.budget, planned.source.spec
-    what = (spec, planned.prepared.data, settings, planned.calibration, budget, planned.engine.cached)
-    rows = cost_table(*what, ask.adapters or "ab", offered_ranks(spec, settings, ask.adapters))
+def _rows(planned: Planned, settings: TrainSettings, adapters: str) -> list[CostRow]:
+    """This device's table for one kind of training."""
+    spec = planned.source.spec
+    what = (spec, planned.prepared.data, settings, planned.calibration, planned.budget, planned.engine.cached)
+    return cost_table(*what, adapters or "ab", offered_ranks(spec, settings, adapters))
+
+
+def _one(stage: tuple[str, int, int], ask: Ask, asker: Asker, rows: Sequence[CostRow], budget: Budget) -> MethodPlan:
+    settings = asker.settings
     row = ask.pick(feasible(rows, budget, settings.epochs), asker)
     if row:
         ranks = asker.ranks[asker.num_blocks - row.depth :] if row.depth else ()

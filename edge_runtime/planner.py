@@ -12,11 +12,12 @@ from dataclasses import replace
 from edge_runtime.codecs import check_codec, pick_codec
 from edge_runtime.cost import GRAPH_BACKEND, Calibration, DataShape, cost, micro_batches, trained
 from edge_runtime.errors import DoesNotFit, UsageError
+from edge_runtime.kinds import FRESH
 from edge_runtime.model import ModelSpec
 from edge_runtime.records import Budget, CostRow, Plan, TrainSettings
 from edge_runtime.training.optimizers import OPTIMIZERS
 
-MAX_ROWS = 512  # of a table in a fleet, of at most 200 bytes each: a join is below its 128 KiB
+MAX_ROWS = 512  # of a table in a fleet, of at most 212 bytes each: a join is below its 128 KiB
 NO_SLOWER = 0.05  # of a step's predicted seconds: less is not worth memory
 
 
@@ -101,8 +102,10 @@ def deepest_promised(spec: ModelSpec, calibration: Calibration) -> int:
 def offered_ranks(spec: ModelSpec, settings: TrainSettings, adapters: str) -> tuple[int, ...]:
     """The ranks that a device's table has in a fleet: the run's, half of it, and so on to 1, as far as MAX_ROWS goes.
 
-    Empty where no adapters are exchanged.
+    Empty where no adapters are exchanged; the run's alone where each device begins its own.
     """
+    if adapters == FRESH:
+        return (settings.lora_rank,)
     found: list[int] = []
     rank = settings.lora_rank if adapters else 0
     while rank and len(found) < max(1, (MAX_ROWS - 1) // (2 * spec.num_blocks)):

@@ -104,6 +104,7 @@ class CostRow:
     cached: bool = False  # the frozen prefix's output is kept on disk from the first epoch on
     later_epoch_s: Seconds = 0.0  # an epoch after the first; 0 is the same
     codec: Name = "f32"  # of the update, which has `upload_bytes` in it
+    mask_every: Annotated[int, Range(0, 1 << 16)] = 0  # of this many entries of a matrix one is trained; 0: all
 
     def total_s(self, epochs: int) -> float:
         """Seconds of all epochs."""
@@ -118,7 +119,8 @@ class Plan:
     settings: TrainSettings
     steps: Count  # optimizer steps over all epochs
     ranks: Ranks = ()  # of the adapters in each trained block; empty: chosen.rank
-    adapters: Annotated[str, Range(0, 8)] = ""  # trained and sent: "ab", "b" (A stays as it is), or "": dense deltas
+    # trained and sent: "ab", "b" (A stays as it is), "fresh" (both, of a model that has none), or "": dense deltas
+    adapters: Annotated[str, Range(0, 8)] = ""
 
     @property
     def block_ranks(self) -> tuple[int, ...]:

@@ -16,10 +16,11 @@ from edge_runtime.budget import memory_budget
 from edge_runtime.calibration import Remembered, calibrate, remembered
 from edge_runtime.cost import Calibration, DataShape, cost, trained
 from edge_runtime.engine import Engine, EngineOptions, check_options, find_engine
+from edge_runtime.kinds import kinds
 from edge_runtime.local import DataOptions, prepare
 from edge_runtime.manifest import Manifest
 from edge_runtime.model import ModelSpec
-from edge_runtime.planner import cost_table, offered_ranks, smaller_rows
+from edge_runtime.planner import MAX_ROWS, cost_table, offered_ranks, smaller_rows
 from edge_runtime.records import Budget, CostRow, DeviceProfile, Plan, TrainSettings
 from edge_runtime.source import Checkpoint, Source
 from edge_runtime.store import BlobStore
@@ -65,13 +66,13 @@ class Session:
         self._data, self._cache, self._memory, self._options, self._say = data, cache, memory, options, say
         self._time_s, self._upload_bytes = time_s, upload_bytes
         self._engine = check_options(engine or EngineOptions())
-        self._made: _Made | None = None
+        self._made: dict[object, _Made] = {}  # by `_choices`
 
     def forget(self) -> None:
         """Make the tokenised data anew when it is next needed: what is on disk may be damaged."""
-        if self._made is not None:
-            shutil.rmtree(self._made.corpus, ignore_errors=True)
-            self._made = None
+        for made in self._made.values():
+            shutil.rmtree(made.corpus, ignore_errors=True)
+        self._made = {}
 
     def profile(self) -> DeviceProfile:
         """This machine now, without the speed probe."""
@@ -98,15 +99,20 @@ class Session:
         }
 
     def could_do(self, manifest: Manifest, store: BlobStore, settings: TrainSettings, adapters: str = "") -> CouldDo:
-        """The cost table for a round's settings. Args: adapters: what of LoRA the fleet exchanges, as in a plan.
+        """The cost table for a round's settings, of every kind that it asks for; the rest is the first kind's.
+
+        Args: adapters: what of LoRA the fleet exchanges, as in a plan.
 
         Raises:
             DataError, MissingExtra, TrainingFailed: the data cannot be read, no backend is here, the probe failed.
         """
-        made = self._prepare(manifest, store, settings)
-        budget, cached = self.budget(), made.engine.cached
-        could = CouldDo((), budget, made.data, manifest.spec, settings, made.calibration, cached, adapters)
-        return replace(could, rows=could.rows_within(budget.memory_bytes))
+        budget, found = self.budget(), list[CouldDo]()
+        for own, sent in kinds(settings, adapters):
+            made = self._prepare(manifest, store, own)
+            could = CouldDo((), budget, made.data, manifest.spec, own, made.calibration, made.engine.cached, sent)
+            found.append(replace(could, rows=could.rows_within(budget.memory_bytes)))
+        more = [row for could in found[1:] for row in could.rows if row.depth]  # the head is the same in all kinds
+        return replace(found[0], rows=(*found[0].rows, *more[: MAX_ROWS - len(found[0].rows)]))
 
     def killed(self, manifest: Manifest, store: BlobStore, plan: Plan, limit_bytes: int) -> None:
         """A process was killed at its limit, above its promise: promise more for this model from now on."""
@@ -116,7 +122,7 @@ class Session:
 
     def trained(self, spec: ModelSpec, plan: Plan, peak_bytes: int) -> None:
         """A training came to its end as planned: an earlier kill's correction may have been too much."""
-        if made := self._made:
+        if made := self._made.get(_choices(plan.settings)):
             place = self._remembered(spec, made, plan)
             self._use(made, place.relax(promised_bytes=plan.chosen.peak_bytes, peak_bytes=peak_bytes))
 
@@ -126,14 +132,17 @@ class Session:
 
     def _use(self, made: _Made, calibration: Calibration | None) -> None:
         if calibration:
-            self._made = replace(made, calibration=calibration)
+            for choices, known in self._made.items():
+                if known is made:
+                    self._made[choices] = replace(made, calibration=calibration)
 
     def _prepare(self, manifest: Manifest, store: BlobStore, settings: TrainSettings) -> _Made:
         """Tokenise and calibrate, or remember it: both depend on the model's shape, not on its weights."""
         stat = self._data.stat() if self._data.exists() else None
-        choices = (settings.optimizer, settings.lora_rank, settings.lora_targets)
-        key = (manifest.spec, manifest.tokenizer, manifest.graphs, choices, stat and (stat.st_mtime_ns, stat.st_size))
-        if self._made is None or self._made.key != key or not self._made.corpus.exists():
+        choices = _choices(settings)
+        key = (manifest.spec, manifest.tokenizer, manifest.graphs, stat and (stat.st_mtime_ns, stat.st_size))
+        self._made = {of: known for of, known in self._made.items() if known.key == key and known.corpus.exists()}
+        if choices not in self._made:
             checkpoint = Checkpoint(
                 self._cache, store.path(manifest.tokenizer), manifest.max_length, manifest.labels, manifest.family
             )
@@ -156,8 +165,8 @@ class Session:
                 budget_bytes=budget_bytes,
                 limit_bytes=memory_budget("auto", self.profile()),
             )
-            self._made = _Made(key, prepared.corpus, prepared.data, engine, calibration, budget_bytes)
-        return self._made
+            self._made[choices] = _Made(key, prepared.corpus, prepared.data, engine, calibration, budget_bytes)
+        return self._made[choices]
 
 
 @dataclass(frozen=True)
@@ -170,6 +179,11 @@ class _Made:
     engine: Engine
     calibration: Calibration
     budget_bytes: int  # for which it was measured
+
+
+def _choices(settings: TrainSettings) -> object:
+    """What of the settings a calibration depends on."""
+    return settings.optimizer, settings.lora_rank, settings.lora_targets
 
 
 def _source(manifest: Manifest, store: BlobStore) -> Source:

@@ -35,7 +35,7 @@ from edge_runtime.records import (
 
 PROTOCOL = 1
 MAX_CONTROL_BYTES = 16 << 10
-MAX_JOIN_BYTES = 128 << 10  # its cost table: two rows a block, of at most 200 bytes each; 255 blocks fit in any case
+MAX_JOIN_BYTES = 128 << 10  # its cost table: two rows a block, of at most 212 bytes each; 255 blocks fit in any case
 MAX_MANIFEST_BYTES = 512 << 10  # a 24-block BERT needs about 50 KiB
 DEFAULT_TEXT = Range(0, 200)
 DEFAULT_INT = Range(-(1 << 63), (1 << 63) - 1)

@@ -8,7 +8,7 @@ numpy; no torch, no network, no ledger. Implements `methods.method.Collected`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from edge_coordinator.aggregate import Partial, Update, mean_changes
 from edge_coordinator.methods.method import Change
 from edge_runtime.encoding import read_update
 from edge_runtime.errors import StoreError, WireError
-from edge_runtime.layout import MASKED, A, B
+from edge_runtime.layout import MASKED, A, B, scale
 from edge_runtime.masks import indices
 from edge_runtime.model import TensorSpec
 from edge_runtime.records import TrainSettings
@@ -39,11 +39,13 @@ class CollectedRound:
 
     def __init__(
         self, number: int, settings: TrainSettings, tensors: Sequence[TensorSpec], summed: Sequence[TensorSpec], partial: Partial,
-        adapters: Mapping[str, MappedTensor], updates: Sequence[RawUpdate],
+        adapters: Mapping[str, MappedTensor], updates: Sequence[RawUpdate], mixed: Sequence[TensorSpec] = (),
     ) -> None:  # fmt: skip
-        """Args: tensors: the model's; partial: sums over `summed`; adapters: the published A and B; updates: by device, in order."""
+        """Args: tensors: the model's; partial: sums over `summed`; adapters: the published A and B; updates: by device, in order;
+        mixed: matrices of which each device trained what its own plan says.
+        """
         self.number, self.settings = number, settings
-        self.adapted = [t for t in tensors if t.name.removesuffix(".weight") + A in adapters]
+        self.adapted = list(mixed) or [t for t in tensors if t.name.removesuffix(".weight") + A in adapters]
         self._sizes = {t.name: t.size for t in tensors}
         self._summed, self._partial, self._adapters, self._updates = summed, partial, adapters, updates
 
@@ -65,6 +67,12 @@ class CollectedRound:
         a, b = (self._adapters[matrix.name.removesuffix(".weight") + end] for end in (A, B))
         return a.array().astype("<f8"), b.array().astype("<f8")
 
+    def dense(self, matrix: TensorSpec) -> Sequence[DenseChange]:
+        """What each device changed in a matrix."""
+        stem = matrix.name.removesuffix(".weight")
+        trained = [u for u in self._updates if not u.places.keys().isdisjoint((matrix.name, stem + A, stem + MASKED))]
+        return [DenseChange(update.num_examples, update, matrix) for update in trained]
+
     def trained(self, matrix: TensorSpec) -> Sequence[TrainedAdapter]:
         """The adapters of a matrix by device."""
         stem = matrix.name.removesuffix(".weight")
@@ -83,6 +91,35 @@ class RawUpdate:
     device: str
     num_examples: int
     places: Mapping[str, MappedTensor]
+    settings: TrainSettings = field(default_factory=TrainSettings)  # of its plan, where they differ between devices
+
+
+@dataclass(frozen=True)
+class DenseChange:
+    """What one device changed in one matrix, whether it trained it whole, some entries, or an adapter of its own."""
+
+    num_examples: int
+    update: RawUpdate
+    matrix: TensorSpec
+
+    def load(self) -> Array:
+        """-> (outputs, inputs), float64; zero where it trained nothing."""
+        import numpy as np
+
+        places, settings, matrix = self.update.places, self.update.settings, self.matrix
+        stem = matrix.name.removesuffix(".weight")
+        if matrix.name in places:
+            return places[matrix.name].array().astype("<f8").reshape(matrix.shape)
+        if stem + A in places:
+            from edge_runtime.training.adapters import random_a
+
+            a, b = (places[stem + end].array().astype("<f8") for end in (A, B))
+            product: Array = b @ (random_a(settings.seed, stem + A, *a.shape) + a)
+            return scale(settings) * product
+        dense = np.zeros(matrix.size)
+        entries = places[stem + MASKED].array()
+        dense[indices(settings.mask_seed, matrix.name, matrix.size, settings.mask_every)] = entries
+        return dense.reshape(matrix.shape)
 
 
 @dataclass(frozen=True)

@@ -301,7 +301,7 @@ rank_budget = 0               # of legend, the sum of all blocks' ranks; 0: of t
 suffix_depths = "even"        # of legend: depths that make devices end together; or "deepest", what fits each
 waiting_share = 0.1           # of legend: how much of a round's time devices may wait on average
 sparse_rounds = 0             # of slora and slora-legend: rounds of sparse training before those with adapters; 0: a third of all
-sparse_density = 0.1          # of slora: the share of the entries of each matrix that they train; 1.0: all
+sparse_density = 0.1          # of slora and slora-legend: the share of the entries of each matrix that they train; 1.0: all; of auto: at most 0.5
 
 [train]                       # the same for every device
 epochs = 1                    # local epochs a round

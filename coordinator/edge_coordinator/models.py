@@ -20,7 +20,8 @@ from edge_coordinator.server_optimizer import ServerOptimizer, ServerSettings
 from edge_coordinator.start_version import Primer, begin, has_adapters
 from edge_runtime.errors import ModelError, StoreError, UsageError, WireError
 from edge_runtime.graphs.find import find_graphs
-from edge_runtime.layout import A, layout, masked_tensors
+from edge_runtime.kinds import FRESH
+from edge_runtime.layout import A, layout, masked_tensors, targets
 from edge_runtime.manifest import Manifest, StoredTensor, decode_manifest, encode_manifest, make_manifest
 from edge_runtime.model import TensorSpec
 from edge_runtime.peft import Adapter, fingerprint, write_adapter
@@ -162,7 +163,10 @@ class Models:
         Args: settings: the run's; what counts is what the round's plans were made with, whatever fleet.toml says by now.
         """
         settings = replace(self._settings(run, number, committed), seed=settings.seed)
-        summed, adapters = _summed(base, settings), base.mapped_adapters(self.store)
+        adapters = base.mapped_adapters(self.store)
+        if method.adapters == FRESH:
+            return self._collect_mixed(run, number, base, committed, settings)
+        summed = _summed(base, settings)
         if not method.keeps_updates:
             partial = self.fold(run, number, base, committed)
             assert partial is not None, "a round closes with at least one contribution"
@@ -172,6 +176,19 @@ class Models:
         partial = fold(summed, None, updates, self._draft("close.sum"))
         raw = [unpack(update, self._draft(f"close.{i}")) for i, update in enumerate(updates)]
         return CollectedRound(number, settings, base.spec.tensors, summed, partial, adapters, raw)
+
+    def _collect_mixed(
+        self, run: str, number: int, base: Manifest, committed: Mapping[str, Contribution], settings: TrainSettings
+    ) -> CollectedRound:
+        """As `collect`, where each device trained what its own plan says: sums of all but the matrices that differ in kind."""
+        chosen = targets(base.spec, settings.lora_targets)
+        matrices = [t for t in base.spec.tensors if t.name in chosen]
+        summed = [t for t in base.spec.tensors if t.name not in chosen]
+        updates = self._updates(run, number, base, committed)
+        partial = fold(summed, None, updates, self._draft("close.sum"))
+        raw = [replace(unpack(update, self._draft(f"close.{i}")), settings=self._plan(run, number, update.device).settings)
+               for i, update in enumerate(updates)]  # fmt: skip
+        return CollectedRound(number, settings, base.spec.tensors, summed, partial, {}, raw, matrices)
 
     def _settings(self, run: str, number: int, committed: Iterable[str]) -> TrainSettings:
         """What the plans of a round have in common, all but the seed: that of any device that committed."""

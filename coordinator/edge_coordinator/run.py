@@ -25,6 +25,7 @@ from edge_coordinator.start_version import Primer, has_adapters
 from edge_coordinator.tally import Tally
 from edge_runtime.cost import DataShape
 from edge_runtime.errors import StoreError
+from edge_runtime.kinds import of_row
 from edge_runtime.layout import targets
 from edge_runtime.manifest import Manifest
 from edge_runtime.planner import make_plan
@@ -205,9 +206,10 @@ class Run:
             if choice.row is None:
                 planned.append(replace(members[device], status="excluded", reason=choice.why))
                 continue
-            settings = replace(stage.settings, seed=_seed(train.seed, state.number, device))
+            settings, adapters = of_row(stage.settings, stage.adapters, choice.row)
+            settings = replace(settings, seed=_seed(train.seed, state.number, device))
             plan = make_plan(choice.row, DataShape(joins[device].num_examples, 0, 0.0), settings)
-            plan = replace(plan, ranks=choice.ranks, adapters=stage.adapters)
+            plan = replace(plan, ranks=choice.ranks, adapters=adapters)
             planned.append(replace(members[device], status="planned", nonce=os.urandom(16), plan=pack(plan)))
         after = rounds.collecting(state, self.rules, sum(m.plan is not None for m in planned), now)
         today = time.time()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edge_coordinator.aggregate import finite
 from edge_coordinator.methods.method import Prime, Stage
 from edge_coordinator.start_adapters import adapter_tensors, fresh_a
+from edge_runtime.kinds import FRESH
 from edge_runtime.layout import A, B, scale
 from edge_runtime.manifest import Manifest, StoredTensor
 from edge_runtime.model import TensorSpec
@@ -73,11 +74,11 @@ def begin(base: Manifest, stage: Stage, store: BlobStore, primer: Primer | None 
 
 
 def _wanted(manifest: Manifest, stage: Stage) -> Sequence[TensorSpec]:
-    return adapter_tensors(manifest.spec, stage.settings, stage.ranks) if stage.adapters else ()
+    return adapter_tensors(manifest.spec, stage.settings, stage.ranks) if stage.adapters not in ("", FRESH) else ()
 
 
 def _scale(stage: Stage) -> float:
-    return scale(stage.settings) if stage.adapters else 0.0
+    return scale(stage.settings) if stage.adapters not in ("", FRESH) else 0.0
 
 
 def _merged(base: Manifest, tensor: StoredTensor, store: BlobStore) -> bytes:

@@ -98,10 +98,17 @@ def start_of(start: Mapping[str, MappedTensor], seed: int, name: str, shape: tup
 
 
 def random_a(seed: int, name: str, rank: int, inputs: int) -> Array:
-    """A (rank, inputs) as torch initialises a linear layer; of a lower rank it is the first rows of the same."""
-    random = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    """A (rank, inputs) as torch initialises a linear layer; of a lower rank it is the first rows of the same.
+
+    The same bits with every numpy: only raw bits of PCG64 are used, since a coordinator may have to draw what a device drew.
+    """
+    bits = np.random.PCG64([seed, zlib.crc32(name.encode())]).random_raw(rank * inputs)
     bound = 1 / math.sqrt(inputs)
-    return random.uniform(-bound, bound, (rank, inputs)).astype(np.float32)
+    drawn = -bound + (bound - -bound) * (
+        (bits >> np.uint64(11)) * 2.0**-53
+    )  # as Generator.uniform, whose stream may change
+    found: Array = drawn.astype(np.float32).reshape(rank, inputs)
+    return found
 
 
 def cut(given: MappedTensor, name: str, shape: tuple[int, ...]) -> Array:

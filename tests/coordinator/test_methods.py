@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from edge_coordinator.methods import METHODS, SUMMARIES, configure_train
 from edge_coordinator.methods.method import Choice, Options, Stage, State, one_rank
 from edge_runtime.asks import ASKS, Asker, distribution
+from edge_runtime.kinds import fits_kind
 from edge_runtime.planner import feasible
 from edge_runtime.records import Budget, CostRow, TrainSettings
 from edge_runtime.wire import Join
@@ -22,12 +23,12 @@ MIB = 1 << 20
 
 
 def row(
-    depth: int, *, checkpointing: bool = False, epoch_s: float | None = None, peak_mib: int | None = None, rank: int = 0
-) -> CostRow:
+    depth: int, *, checkpointing: bool = False, epoch_s: float | None = None, peak_mib: int | None = None, rank: int = 0, mask_every: int = 0
+) -> CostRow:  # fmt: skip
     """A candidate that costs more the deeper it is, and a little more the higher its rank."""
     peak = (100 + 50 * depth + rank if peak_mib is None else peak_mib) * MIB
     seconds, upload = 10.0 * (depth + 1) if epoch_s is None else epoch_s, (depth + 1) * MIB
-    return CostRow(depth, checkpointing, 16, peak, 1.0, seconds, upload, rank=rank)
+    return CostRow(depth, checkpointing, 16, peak, 1.0, seconds, upload, rank=rank, mask_every=mask_every)
 
 
 RANKS = (8, 4, 2, 1)
@@ -245,6 +246,7 @@ CANDIDATES = st.builds(
     epoch_s=st.floats(0.1, 100),
     peak_mib=st.integers(1, 500),
     rank=st.sampled_from([0, 1, 4, 8, 9]),
+    mask_every=st.sampled_from([0, 0, 10, 7]),
 )
 JOINS = st.builds(
     join,
@@ -269,8 +271,8 @@ def test_a_device_alone_in_its_cohort_is_given_what_plan_tells_it(
                                settings=TrainSettings(epochs=epochs, lora_rank=rank), options=options)  # fmt: skip
     settings = asks.stages[stage - 1].settings(TrainSettings(epochs=epochs, lora_rank=rank), asks.rank)
     ranks = distribution("arithmetic", BLOCKS, rank) if asks.graded else ()
-    usable = [r for r in join.table if r.depth <= BLOCKS
-              and (1 <= r.rank <= settings.lora_rank if settings.lora_rank and r.depth else r.rank == 0)]  # fmt: skip
+    adapters = asks.stages[stage - 1].adapters
+    usable = [r for r in join.table if r.depth <= BLOCKS and fits_kind(r, settings, adapters)]
     fitting = feasible(usable, join.budget, epochs)
     assert given["a"].row == asks.stages[stage - 1].pick(fitting, Asker(BLOCKS, settings, ranks))
 

@@ -10,7 +10,7 @@ import pytest
 
 from edge_models import bert
 from edge_runtime.agent import _strange
-from edge_runtime.layout import layout
+from edge_runtime.layout import layout, misfit
 from edge_runtime.manifest import Manifest, StoredTensor, make_manifest
 from edge_runtime.records import CostRow, Plan, TrainSettings
 
@@ -49,6 +49,15 @@ def test_a_plan_that_the_models_adapters_do_not_hold_is_given_back() -> None:
     assert "query.lora_a is (4, 8), the model's (2, 8)" in _strange(plan(4), model)
     assert "the model's (0, 0)" in _strange(plan(2, lora_targets=("up",)), model)
     assert _strange(plan(2, lora_alpha=1.0), model) == "the plan scales adapters in another way than the model"
+
+
+def test_a_plan_with_adapters_of_its_own_is_for_a_model_that_has_none() -> None:
+    own = plan(adapters="fresh")
+    assert _strange(own, held(None)) == "" == misfit(SPEC, own)
+    assert "the plan's adapters are 'fresh'" in _strange(own, held(plan()))
+    for lie in (plan(adapters="fresh", mask_every=4), plan(adapters="fresher"), plan(0, adapters="fresh"), plan(9, adapters="fresh"),
+                plan(adapters="fresh", ranks=(1,)), plan(adapters="fresh", depth=3), plan(adapters="fresh", lora_rank=0)):  # fmt: skip
+        assert misfit(SPEC, lie), lie
 
 
 def test_a_plan_without_adapters_is_none_for_a_model_that_has_them_and_the_other_way_round() -> None:

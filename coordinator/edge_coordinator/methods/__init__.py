@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from edge_coordinator.methods import baselines, caff, flexlora, flora, hetlora, legend, lora, slora
+from edge_coordinator.methods import auto, baselines, caff, flexlora, flora, hetlora, legend, lora, slora
 from edge_coordinator.methods.method import Choice, Cohort, Method, Options, State
 from edge_runtime.codecs import CODECS
+from edge_runtime.kinds import fits_kind
 from edge_runtime.records import CostRow, TrainSettings
 from edge_runtime.wire import Join
 
@@ -29,6 +30,7 @@ METHODS: dict[str, Method] = {
     "legend": legend.METHOD,
     "slora": slora.METHOD,
     "slora-legend": slora.WITH_LEGEND,
+    "auto": auto.METHOD,
 }
 SUMMARIES: dict[str, str] = {name: method.summary for name, method in METHODS.items()}
 
@@ -56,8 +58,7 @@ def configure_train(
     stage = method.stage(state, number, num_blocks, settings, options)
 
     def usable(row: CostRow) -> bool:
-        ranked = 1 <= row.rank <= stage.settings.lora_rank if stage.adapters and row.depth else row.rank == 0
-        return row.depth <= num_blocks and row.codec in CODECS and ranked
+        return row.depth <= num_blocks and row.codec in CODECS and fits_kind(row, stage.settings, stage.adapters)
 
     tables = {
         device: feasible([row for row in join.table if usable(row)], join.budget, settings.epochs)

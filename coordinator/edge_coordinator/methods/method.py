@@ -55,7 +55,8 @@ class Stage:
 
     Attributes:
         settings: as devices are told them.
-        adapters: what of LoRA adapters devices train and send: "ab", "b" (A stays), or "" (the blocks, or entries of them).
+        adapters: what of LoRA adapters devices train and send: "ab", "b" (A stays), "fresh" (of their own, which no version has),
+            or "" (the blocks, or entries of them). With "fresh" and a mask in the settings each device trains one of all kinds.
         ranks: of the published adapters of each block, from input to output; empty: the settings' in all.
     """
 
@@ -120,6 +121,17 @@ class Trained(Protocol):
         """-> A (rank, inputs), B (outputs, rank), float64. Read from disk at each call."""
 
 
+class Dense(Protocol):
+    """What one device changed in one matrix."""
+
+    @property
+    def num_examples(self) -> int:
+        """The device's."""
+
+    def load(self) -> Array:
+        """-> (outputs, inputs), float64; zero where it trained nothing. Made at each call."""
+
+
 class Collected(Protocol):
     """What the devices made of a round, when it closes."""
 
@@ -133,7 +145,7 @@ class Collected(Protocol):
 
     @property
     def adapted(self) -> Sequence[TensorSpec]:
-        """The matrices that have an adapter, in the model's order."""
+        """The matrices that have an adapter, or may have one in a plan where kinds are mixed, in the model's order."""
 
     def means(self) -> Iterator[Change]:
         """The mean delta of each tensor over the devices that trained it, weighted by their examples, from exact sums.
@@ -145,6 +157,9 @@ class Collected(Protocol):
 
     def adapter(self, matrix: TensorSpec) -> tuple[Array, Array]:
         """The published A and B of a matrix, which devices began from, float64."""
+
+    def dense(self, matrix: TensorSpec) -> Sequence[Dense]:
+        """What each device changed in a matrix, in whatever way, in the order of their names. Only where kinds are mixed."""
 
     def trained(self, matrix: TensorSpec) -> Sequence[Trained]:
         """The adapters of a matrix by device, in the order of the devices' names. Only with `keeps_updates`."""
@@ -180,7 +195,7 @@ class Method:
         summary: one line for lists and help texts.
         configure: the plans of a cohort.
         aggregate: the changes of the model, one at a time, and the next state.
-        adapters: what of LoRA adapters devices train and send: "ab", "b" (A stays), or "" (the blocks themselves).
+        adapters: as in a `Stage`.
         rank: of the adapters where fleet.toml names none.
         block_ranks: the rank of the published adapters of each block, from input to output; empty: the run's in all.
         keeps_updates: `aggregate` needs the updates themselves, so that they stay on disk until the round closes; else they

@@ -27,10 +27,11 @@ from edge_runtime.codecs import CODECS, update_bytes
 from edge_runtime.cost import Calibration, DataShape
 from edge_runtime.engine import Engine
 from edge_runtime.errors import DoesNotFit, UsageError
+from edge_runtime.kinds import kinds
 from edge_runtime.layout import A, layout
 from edge_runtime.manifest import Manifest, StoredTensor
 from edge_runtime.model import ModelSpec
-from edge_runtime.planner import choose, cost_table, offered_ranks
+from edge_runtime.planner import MAX_ROWS, choose, cost_table, offered_ranks
 from edge_runtime.records import Budget, CostRow, TrainSettings
 from edge_runtime.store import BlobStore
 from edge_runtime.topics import Topics
@@ -71,16 +72,21 @@ class Plans:
     spec: ModelSpec
     calibrations: Mapping[str, Calibration]  # by class
     cached: bool
-    masked: Mapping[str, Calibration] = field(default_factory=dict)  # of rounds with masks, in a run with others too
+    masked: Mapping[str, Calibration] = field(
+        default_factory=dict
+    )  # of plans without adapters, in a run with others too
 
     def table(
         self, device: VirtualDevice, settings: TrainSettings, adapters: str
     ) -> tuple[tuple[CostRow, ...], Budget]:
         """The device's cost table and its budgets."""
-        measured = self.masked if settings.mask_every and self.masked else self.calibrations
-        budget = device.budget
-        what = (self.spec, device.data, settings, measured[device.kind.name], budget, self.cached, adapters)
-        return tuple(cost_table(*what, offered_ranks(self.spec, settings, adapters))), budget
+        budget, rows = device.budget, list[CostRow]()
+        for own, sent in kinds(settings, adapters):
+            measured = self.masked if self.masked and not own.lora_rank else self.calibrations
+            what = (self.spec, device.data, own, measured[device.kind.name], budget, self.cached, sent)
+            found = cost_table(*what, offered_ranks(self.spec, own, sent))
+            rows += [row for row in found if row.depth or not rows]
+        return tuple(rows[:MAX_ROWS]), budget
 
 
 @dataclass
@@ -253,7 +259,7 @@ class VirtualFleet:
         row, chosen = self.rows[device.name], grant.plan.chosen
         train_s = chosen.total_s(grant.plan.settings.epochs)
         upload_s = planned_bytes(self._manifest, grant) / device.uplink_bytes_per_s
-        row |= {"status": "planned", "depth": chosen.depth, "rank": chosen.rank, "checkpointing": chosen.checkpointing, "micro_batch": chosen.micro_batch,
+        row |= {"status": "planned", "depth": chosen.depth, "rank": chosen.rank, "mask_every": grant.plan.settings.mask_every, "checkpointing": chosen.checkpointing, "micro_batch": chosen.micro_batch,
                 "peak_bytes": chosen.peak_bytes, "train_s": round(train_s, 6), "upload_s": round(upload_s, 6)}  # fmt: skip
         due_s = self.clock.now_s + train_s + upload_s
         if self._chance("drop", device) < self._dropout:

@@ -318,12 +318,12 @@ class Simulation:
         }
 
     def _calibrated(self, manifest: Manifest, say: Callable[[str], None]) -> Row:
-        """What this machine measured with the run's settings, and with masks where the method begins with them."""
+        """What this machine measured with the run's settings, and without adapters where the method has rounds or plans so."""
         config, source = self.fleet.config, _source(manifest, self.models)
         method, options = METHODS[config.run.method], config.run.method_options
         first = method.stage({}, 1, manifest.num_blocks, config.train, options).settings
         measured = {"calibration": config.train} | (
-            {MASKED: first} if first.mask_every > config.train.mask_every else {}
+            {MASKED: dataclasses.replace(first, lora_rank=0)} if first.mask_every > config.train.mask_every else {}
         )
         data, threads = self._prepared.data, self.options.threads
         return {n: to_plain(calibrated(source, self.engine, data, s, threads, say)) for n, s in measured.items()}
