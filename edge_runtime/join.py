@@ -18,6 +18,7 @@ from edge_runtime.console import note, print_json, until_told_to_stop
 from edge_runtime.credentials import Credentials, DeviceSection, read_credentials
 from edge_runtime.engine import EngineOptions
 from edge_runtime.errors import DataError, UsageError
+from edge_runtime.notify import alive, notify
 from edge_runtime.session import Session
 from edge_runtime.store import lock_folder
 from edge_runtime.topics import Topics
@@ -35,8 +36,17 @@ def join(args: Namespace) -> None:
     session.budget()  # a budget that is no budget is said at once
     transport = _transport(who)
     log = print_json if args.json else AgentLog()
-    with lock_folder(state, "an agent"), until_told_to_stop() as keep_going:
-        Agent(who.device, who.realm, state, session, transport, log, families=(who.family,)).run(keep_going)
+    with lock_folder(state, "an agent"), until_told_to_stop() as may_go_on:
+
+        def keep_going() -> bool:
+            alive()
+            if not may_go_on():
+                notify("STOPPING=1")
+            return may_go_on()
+
+        agent = Agent(who.device, who.realm, state, session, transport, log, families=(who.family,))
+        notify("READY=1")
+        agent.run(keep_going)
 
 
 def _flags_over(args: Namespace, section: DeviceSection) -> DeviceSection:

@@ -25,6 +25,7 @@ from edge_runtime import errors
 from edge_runtime.errors import EdgeError, TrainingFailed
 from edge_runtime.hardware import memory_cgroups, process_memory
 from edge_runtime.model import ModelSpec
+from edge_runtime.notify import alive
 from edge_runtime.weights import MappedTensor
 
 POLL_S = 0.05
@@ -213,6 +214,7 @@ def wait_for(
     try:
         while True:
             line = worker.poll(0.5)
+            alive()  # the agent waits here too, while its data is tokenised: that is no hanging
             if time.monotonic() > end:
                 raise TrainingFailed(f"the process had no result after {timeout_s:.0f} s and was ended")
             if line and "result" in line:
