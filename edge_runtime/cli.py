@@ -1,4 +1,4 @@
-"""The command line of a device: `edge-runtime profile | plan | train | join | export | predict`.
+"""The command line of a device: `edge-runtime profile | plan | train | join | export | predict | service`.
 
 Flags and help only: every command has `--help` with examples, and those that scripts read have `--json`. What a command
 does is in `commands.py`. Imports that, `console` and the defaults that the help shows.
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"edge-runtime {software()}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_profile, _add_plan, _add_train, _add_join, _add_export, _add_predict):
+    for add in (_add_profile, _add_plan, _add_train, _add_join, _add_export, _add_predict, _add_service):
         add(commands)
     return top
 
@@ -180,6 +180,38 @@ def _add_predict(commands: Commands) -> None:
     predict.add_argument("--family", default=DEFAULT_FAMILY, help=family)
     _data_flags(predict)
     predict.set_defaults(run=do.run_predict)
+
+
+def _add_service(commands: Commands) -> None:
+    service = _parser(
+        commands,
+        "service",
+        "Run `join` as a systemd service with a user of its own, limits and a watchdog; all settings are the [device] section's.",
+        "edge-runtime service print --config pi-7.toml",
+        "sudo edge-runtime service install --config pi-7.toml --memory-max 600MB",
+        "sudo edge-runtime service uninstall",
+    )
+    actions = service.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
+    for name, what, run in (
+        ("install", "Write the unit, start it now and at every boot; needs root.", do.run_service_install),
+        ("print", "Show the unit and install nothing.", do.run_service_print),
+        ("uninstall", "Stop the service and remove its unit; needs root.", do.run_service_uninstall),
+    ):
+        config = "" if name == "uninstall" else " --config pi-7.toml"
+        action = _parser(actions, name, what, f"edge-runtime service {name}{config}", nested=True)
+        action.set_defaults(run=run)
+        if config:
+            _unit_flags(action)
+
+
+def _unit_flags(action: argparse.ArgumentParser) -> None:
+    """What a unit is made of."""
+    made = "the file that `edge-coordinator enroll` made for this device; it needs data in its [device] section"
+    action.add_argument("--config", required=True, type=Path, help=made)
+    memory = "most memory of agent and training together: 600MB, or a share of the RAM (%(default)s)"
+    action.add_argument("--memory-max", default="80%", help=memory.replace("%(default)s", "80%%"))
+    quota = "most processor time, 100%% being one core (default: all that nobody else wants)"
+    action.add_argument("--cpu-quota", default="", help=quota)
 
 
 def _count(text: str) -> int:

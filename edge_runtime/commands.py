@@ -375,3 +375,41 @@ def run_join(args: Namespace) -> int:
 
     join(args)
     return 0
+
+
+def run_service_print(args: Namespace) -> int:
+    """Print the unit that `service install` would write."""
+    from edge_runtime.service import Limits, obstacle, this_machine, unit
+
+    machine = this_machine()
+    text = unit(args.config, Limits(args.memory_max, args.cpu_quota), machine)
+    if reason := obstacle(args.config, machine.python):
+        note(f"`service install` would refuse: {reason}")
+    print_json({"unit": text}) if args.json else print(text, end="")
+    return 0
+
+
+def run_service_install(args: Namespace) -> int:
+    """Install and start the service."""
+    from edge_runtime.service import NAME, Limits, install
+
+    path = install(args.config, Limits(args.memory_max, args.cpu_quota))
+    if args.json:
+        print_json({"unit": str(path)})
+    else:
+        print(f"{path}: the service runs; journalctl --unit {NAME} --follow shows what it does")
+    return 0
+
+
+def run_service_uninstall(args: Namespace) -> int:
+    """Stop and remove the service."""
+    from edge_runtime.service import NAME, STATE, uninstall
+
+    removed = uninstall()
+    if args.json:
+        print_json({"removed": removed})
+    elif removed:
+        print(f"the service is removed; {STATE} and the user {NAME} stay: sudo rm -r {STATE} && sudo userdel {NAME}")
+    else:
+        print("there is no service to remove")
+    return 0

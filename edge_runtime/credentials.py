@@ -85,6 +85,12 @@ def read_credentials(path: Path) -> Credentials:
     return Credentials(**found, settings=DeviceSection(**section))
 
 
+def relative_ca_file(path: Path) -> str:
+    """What [fleet] ca_file of a sound file names from that file's folder; empty where it is absolute or there is none."""
+    named = str(tomllib.loads(path.read_text(encoding="utf-8"))["fleet"].get("ca_file", ""))
+    return "" if Path(named).is_absolute() else named
+
+
 def _take(
     values: Any, kinds: dict[str, type], section: str, path: Path, *, required: bool = False, only: bool = False
 ) -> dict[str, Any]:

@@ -76,6 +76,8 @@ def flags() -> dict[str, dict[str, set[str]]]:
             found[program][command] = set(FLAG.findall(help_of(main, [command])))
     for nested in ("compare", "choose"):
         found["edge-coordinator"]["sim"] |= set(FLAG.findall(help_of(coordinator.main, ["sim", nested])))
+    for nested in ("install", "print", "uninstall"):
+        found["edge-runtime"]["service"] |= set(FLAG.findall(help_of(device.main, ["service", nested])))
     return found
 
 
@@ -103,7 +105,8 @@ def mentions(document: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def test_both_commands_have_their_commands(flags: dict[str, dict[str, set[str]]]) -> None:
-    assert set(flags["edge-runtime"]) == {"", "profile", "plan", "train", "join", "export", "predict"}
+    device_commands = {"", "profile", "plan", "train", "join", "export", "predict", "service"}
+    assert set(flags["edge-runtime"]) == device_commands
     assert set(flags["edge-coordinator"]) == {
         "",
         "init",
