@@ -1,4 +1,4 @@
-"""The command line of a device: `edge-runtime profile | plan | train | join | export | predict | service`.
+"""The command line of a device: `edge-runtime profile | plan | train | join | export | predict | doctor | service`.
 
 Flags and help only: every command has `--help` with examples, and those that scripts read have `--json`. What a command
 does is in `commands.py`. Imports that, `console` and the defaults that the help shows.
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"edge-runtime {software()}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_profile, _add_plan, _add_train, _add_join, _add_export, _add_predict, _add_service):
+    for add in (_add_profile, _add_plan, _add_train, _add_join, _add_export, _add_predict, _add_doctor, _add_service):
         add(commands)
     return top
 
@@ -180,6 +180,25 @@ def _add_predict(commands: Commands) -> None:
     predict.add_argument("--family", default=DEFAULT_FAMILY, help=family)
     _data_flags(predict)
     predict.set_defaults(run=do.run_predict)
+
+
+def _add_doctor(commands: Commands) -> None:
+    doctor = _parser(
+        commands,
+        "doctor",
+        "Look for what commonly goes wrong on a device and say what to do. Changes nothing; ends with 1 where something is wrong.",
+        "edge-runtime doctor",
+        "sudo edge-runtime doctor --config pi-7.toml --json",
+    )
+    config = (
+        "the device's file of `edge-coordinator enroll`: broker, certificates, credentials and clock are looked at too"
+    )
+    doctor.add_argument("--config", type=Path, help=config)
+    state = (
+        "the --state folder of `join` (default: the [device] section's, else that of the service, else ./edge-DEVICE)"
+    )
+    doctor.add_argument("--state", type=Path, help=state)
+    doctor.set_defaults(run=do.run_doctor)
 
 
 def _add_service(commands: Commands) -> None:

@@ -377,6 +377,14 @@ def run_join(args: Namespace) -> int:
     return 0
 
 
+def run_doctor(args: Namespace) -> int:
+    """Print what is found on this machine and what to do; -> 1 where something is wrong."""
+    from edge_runtime.doctor import examine, show
+
+    findings = examine(args.config, args.state)
+    return show(findings, as_json=args.json)
+
+
 def run_service_print(args: Namespace) -> int:
     """Print the unit that `service install` would write."""
     from edge_runtime.service import Limits, obstacle, this_machine, unit

@@ -105,7 +105,7 @@ def mentions(document: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def test_both_commands_have_their_commands(flags: dict[str, dict[str, set[str]]]) -> None:
-    device_commands = {"", "profile", "plan", "train", "join", "export", "predict", "service"}
+    device_commands = {"", "profile", "plan", "train", "join", "export", "predict", "doctor", "service"}
     assert set(flags["edge-runtime"]) == device_commands
     assert set(flags["edge-coordinator"]) == {
         "",
