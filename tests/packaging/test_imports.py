@@ -178,6 +178,13 @@ def test_import_edge_runtime_loads_nothing_heavy() -> None:
     assert not heavy & {name.partition(".")[0] for name in found}
 
 
+def test_onnxruntime_keeps_no_record_of_this_machine(tmp_path: Path, tiny_onnx: Path) -> None:
+    code = "import os, sys; os.environ.update(HOME=sys.argv[2], XDG_CACHE_HOME=''); os.environ.pop('ORT_DISABLE_TELEMETRY', None)\n"
+    code += "from edge_runtime import Predictor; Predictor(sys.argv[1]).predict(['good']); import json; print(json.dumps('done'))"
+    assert loaded(code, str(tiny_onnx), str(tmp_path)) == "done"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 AGENT = """
 import json, sys
 from pathlib import Path
