@@ -405,7 +405,7 @@ def run_service_install(args: Namespace) -> int:
     if args.json:
         print_json({"unit": str(path)})
     else:
-        print(f"{path}: the service runs; journalctl --unit {NAME} --follow shows what it does")
+        print(f"{path}: the service runs; journalctl -fu {NAME} shows what it does")
     return 0
 
 

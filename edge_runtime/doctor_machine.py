@@ -195,6 +195,9 @@ def memory_limits(root: Path) -> Finding:
     words = " ".join(_lines(root / name)).split() if name else []
     if "cgroup_disable=memory" in words:
         return Finding(check, WARNING, found, f"take cgroup_disable=memory out of /{name} and reboot")
+    if "cgroup_enable=memory" in " ".join(_lines(root / "proc/cmdline")).split():
+        advice = "the kernel does not heed cgroup_enable=memory, as Raspberry Pi's 6.12.34 and other distributions' kernels: update it"
+        return Finding(check, WARNING, found, advice)  # raspberrypi/linux issue 6980 and pull request 7442
     if "cgroup_enable=memory" in words:
         return Finding(check, WARNING, found, f"/{name} has cgroup_enable=memory already: reboot")
     where = f"the one line of /{name}" if name else "the kernel's command line"

@@ -165,6 +165,10 @@ CGROUPS = "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpu\t0\t80\t1\nmemory\
         ({CONTROLLERS: "cpu io", "boot/cmdline.txt": "rootwait\n"}, "warning", "line of /boot/cmdline.txt"),
         ({CONTROLLERS: "cpu io", PI: "rootwait cgroup_enable=memory\n"}, "warning", "has cgroup_enable=memory already: reboot"),
         ({CONTROLLERS: "cpu io", PI: "cgroup_disable=memory rootwait\n"}, "warning", f"take cgroup_disable=memory out of /{PI}"),
+        (
+            {CONTROLLERS: "cpu", PI: "cgroup_enable=memory", "proc/cmdline": "cgroup_disable=memory cgroup_enable=memory\n"},
+            "warning", "the kernel does not heed cgroup_enable=memory",
+        ),
         ({CONTROLLERS: "cpu io"}, "warning", "the kernel's command line"),
         ({"proc/cgroups": CGROUPS.format(0)}, "warning", "the kernel's command line"),
         ({}, "unknown", ""),
