@@ -47,7 +47,7 @@ def examine(config: Path | None, state: Path | None) -> list[Finding]:
 
     Args:
         config: the device's file; without it nothing of the fleet is looked at.
-        state: the device's state folder; None: the file's, else the service's where there is one, else ./edge-DEVICE.
+        state: the device's state folder; None: the file's, else the service's where there is one, else ./edge-DEVICE, without `config` this folder.
     """
     from edge_runtime import doctor_fleet as fleet
     from edge_runtime.credentials import read_credentials
@@ -79,9 +79,9 @@ def _state(who: Credentials | None, state: Path | None) -> Path:
     from edge_runtime.service import STATE, UNIT
 
     named = state or (who.settings.state if who else "")
-    if not named and ((ROOT / UNIT).exists() or who is None):
+    if not named and (ROOT / UNIT).exists():
         return STATE
-    return Path(named or f"edge-{who.device if who else ''}").absolute()
+    return Path(named or (f"edge-{who.device}" if who else "")).absolute()
 
 
 def _machine(state: Path, *, tls: bool) -> Iterator[Finding]:
@@ -92,7 +92,9 @@ def _machine(state: Path, *, tls: bool) -> Iterator[Finding]:
     yield machine.interpreter(sys.version_info[:2], 8 * struct.calcsize("P"), platform.machine(), libc)
     yield from machine.packages(machine.installed(), machine.try_package)
     there = next(folder for folder in (state, *state.parents) if folder.exists())
-    yield machine.state_folder(ROOT, state, writable=os.access(there, os.W_OK | os.X_OK))
+    ours = there != state or there.stat().st_uid == os.geteuid()
+    writable = os.access(there, os.W_OK | os.X_OK)
+    yield machine.state_folder(ROOT, state, writable=writable or (False if ours else None))
     yield machine.disk_room(machine.free_bytes(there), there)
     yield machine.clock(ROOT, time.time(), machine.clock_error_us(), tls=tls)
     yield machine.swap(ROOT)

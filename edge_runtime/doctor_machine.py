@@ -96,8 +96,12 @@ def packages(versions: Mapping[str, str], attempt: Callable[[str], tuple[int, st
         yield Finding("packages", OK, ", ".join(sound))
 
 
-def state_folder(root: Path, state: Path, *, writable: bool) -> Finding:
-    """Whether what is written to the state folder stays there. Args: writable: by this user, the folder or where it will be."""
+def state_folder(root: Path, state: Path, *, writable: bool | None) -> Finding:
+    """Whether what is written to the state folder stays there.
+
+    Args:
+        writable: by this user, the folder or where it will be; None: it is another user's, as the service's is.
+    """
     check = "state folder"
     place, kind, options = _mount_of(root, state)
     found = f"{state}, {kind} on {place}" if kind else str(state)
@@ -106,10 +110,10 @@ def state_folder(root: Path, state: Path, *, writable: bool) -> Finding:
         return Finding(check, WRONG, f"{found}, read-only", advice)
     if kind in MEMORY_TYPES:
         return Finding(check, WRONG, f"{found}, in memory", "all is lost at a reboot: name a folder on a disk, --state")
+    if writable is None:
+        return Finding(check, UNKNOWN, f"{found}, another user's", "run this with sudo")
     if not writable:
-        return Finding(
-            check, WRONG, f"{found}, not writable by this user", "run as its owner, or name another, --state"
-        )
+        return Finding(check, WRONG, f"{found}, not writable by this user", "name another folder, --state")
     if kind == "overlay":
         advice = (
             "an overlay's changes end with the container, or the boot where the root is read-only: put it on a volume"
@@ -188,8 +192,8 @@ def memory_limits(root: Path) -> Finding:
     enabled = {fields[0]: fields[-1] for fields in listed if len(fields) == 4}
     if (root / "sys/fs/cgroup/memory").is_dir() or "memory" in " ".join(_lines(unified)).split():
         return Finding(check, OK, "limits of memory work")
-    if not unified.exists() and enabled.get("memory") != "0":
-        return Finding(check, UNKNOWN, "no memory cgroup is mounted here")
+    if enabled.get("memory") == "1" or (not unified.exists() and "memory" not in enabled):
+        return Finding(check, UNKNOWN, "not to be seen from here, as in a container")
     found = "switched off: neither the service's MemoryMax nor a limit of training's own works"
     name = next((name for name in CMDLINES if (root / name).exists()), "")
     words = " ".join(_lines(root / name)).split() if name else []

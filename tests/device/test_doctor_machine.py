@@ -83,6 +83,7 @@ tmpfs /srv/old/hidden tmpfs rw 0 0
     [
         ("/var/lib/edge", True, "ok", "ext4 on /"),
         ("/var/lib/edge", False, "wrong", "not writable by this user"),
+        ("/var/lib/edge", None, "unknown", "another user's"),
         ("/run/edge", True, "wrong", "in memory"),
         ("/runner/edge", True, "ok", "ext4 on /"),
         ("/srv/usb stick/edge", True, "warning", "vfat on /srv/usb stick"),
@@ -92,7 +93,7 @@ tmpfs /srv/old/hidden tmpfs rw 0 0
     ],
 )
 def test_a_state_folder_that_loses_what_is_written_is_found(
-    tmp_path: Path, state: str, writable: bool, verdict: str, named: str
+    tmp_path: Path, state: str, writable: bool | None, verdict: str, named: str
 ) -> None:
     root = lay_out(tmp_path, {"proc/self/mounts": MOUNTS})
     found = machine.state_folder(root, Path(state), writable=writable)
@@ -171,6 +172,7 @@ CGROUPS = "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpu\t0\t80\t1\nmemory\
         ),
         ({CONTROLLERS: "cpu io"}, "warning", "the kernel's command line"),
         ({"proc/cgroups": CGROUPS.format(0)}, "warning", "the kernel's command line"),
+        ({CONTROLLERS: "cpu io", "proc/cgroups": CGROUPS.format(1)}, "unknown", ""),
         ({}, "unknown", ""),
     ],
 )  # fmt: skip
