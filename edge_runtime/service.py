@@ -27,7 +27,7 @@ UNIT = Path("etc/systemd/system") / f"{NAME}.service"
 CREDENTIAL = "device.toml"
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 - by the unit's ProtectHome and PrivateTmp
 STEPS_SINCE, CREDENTIALS_SINCE = 254, 247  # versions of systemd: RestartSteps, LoadCredential
-WATCHDOG_S = 300  # hashing the largest tensor from an SD card is well below that
+WATCHDOG_S = 300  # the longest step of the agent's loop is the hash of one tensor
 WITH_TORCH = "# no MemoryDenyWriteExecute: torch makes its code as it runs"
 
 Run = Callable[[Sequence[str]], "subprocess.CompletedProcess[str]"]
