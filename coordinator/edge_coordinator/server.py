@@ -290,7 +290,7 @@ class Server:
             )
             self.emit({"event": "granted", "round": number, "device": member.device, "depth": plan.chosen.depth,
                        "checkpointing": plan.chosen.checkpointing, "peak_bytes": plan.chosen.peak_bytes, "codec": plan.chosen.codec,
-                       "rank": plan.chosen.rank})  # fmt: skip
+                       "rank": plan.chosen.rank, "mask_every": plan.settings.mask_every})  # fmt: skip
         else:
             self._ack(
                 member.device,

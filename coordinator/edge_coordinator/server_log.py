@@ -31,7 +31,9 @@ SENTENCES: Sentences = {
     "round-planned": lambda e: f"round {e['round']}: {e['planned']} of {e['members']} devices have a plan",
     "granted": lambda e: (
         f"round {e['round']}: {e['device']} trains {what_is_trained(e['depth'])}"
-        f"{' by adapters of rank ' + str(e['rank']) if e['rank'] else ''}, at most {mib(e['peak_bytes'])}"
+        f"{' by adapters of rank ' + str(e['rank']) if e['rank'] else ''}"
+        f"{' by one in ' + str(e['mask_every']) + ' entries' if e['mask_every'] and e['depth'] else ''}"
+        f", at most {mib(e['peak_bytes'])}"
     ),
     "gave-up": lambda e: f"round {e['round']}: {e['device']} gives its plan back: {e['reason']}",
     "rejected": lambda e: f"round {e['round']}: {e['device']}'s update is refused: {e['reason']}",

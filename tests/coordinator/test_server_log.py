@@ -14,7 +14,7 @@ SOURCES = Path(__file__).parents[2] / "coordinator"
 FIELDS: dict[str, Any] = {
     "round": 3, "run": "first", "device": "pi-1", "reason": "so it is", "realm": "farm", "host": "h", "port": 1883, "broker": "embedded",
     "model_version": 4, "num_examples": 10, "budget_bytes": 1 << 28, "planned": 2, "members": ["a", "b"], "depth": 2,
-    "peak_bytes": 1 << 27, "num_bytes": 1 << 20, "first_loss": 1.5, "last_loss": 0.5, "train_s": 9.0, "mean_loss": 0.5, "kind": "offer", "rank": 4, "tensors": 24, "primed": False,
+    "peak_bytes": 1 << 27, "num_bytes": 1 << 20, "first_loss": 1.5, "last_loss": 0.5, "train_s": 9.0, "mean_loss": 0.5, "kind": "offer", "rank": 4, "mask_every": 10, "tensors": 24, "primed": False,
 }  # fmt: skip
 
 
