@@ -1,4 +1,4 @@
-"""The command line of a device: `edge-runtime profile | plan | train | join | export | predict | doctor | service`.
+"""The command line of a device: `edge-runtime profile | plan | train | join | export | predict | models | doctor | service`.
 
 Flags and help only: every command has `--help` with examples, and those that scripts read have `--json`. What a command
 does is in `commands.py`. Imports that, `console` and the defaults that the help shows.
@@ -67,7 +67,17 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"edge-runtime {software()}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_profile, _add_plan, _add_train, _add_join, _add_export, _add_predict, _add_doctor, _add_service):
+    for add in (
+        _add_profile,
+        _add_plan,
+        _add_train,
+        _add_join,
+        _add_export,
+        _add_predict,
+        _add_models,
+        _add_doctor,
+        _add_service,
+    ):
         add(commands)
     return top
 
@@ -231,6 +241,34 @@ def _unit_flags(action: argparse.ArgumentParser) -> None:
     action.add_argument("--memory-max", default="80%", help=memory.replace("%(default)s", "80%%"))
     quota = "most processor time, 100%% being one core (default: all that nobody else wants)"
     action.add_argument("--cpu-quota", default="", help=quota)
+
+
+def _add_models(commands: Commands) -> None:
+    models = _parser(
+        commands,
+        "models",
+        "List the model versions that a device holds, or choose the one that answers.",
+        "edge-runtime models list /var/lib/edge",
+        "edge-runtime models use /var/lib/edge 7",
+        "edge-runtime models use /var/lib/edge newest",
+        "edge-runtime models rollback /var/lib/edge",
+    )
+    verbs = models.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, what, run in (
+        ("list", "Show the versions that are whole, newest first.", do.run_models_list),
+        ("use", "Pin a version, or follow the newest again.", do.run_models_use),
+        ("rollback", "Pin the version before the one that answers.", do.run_models_rollback),
+    ):
+        one = _parser(verbs, verb, what, f"edge-runtime models {verb} /var/lib/edge", nested=True)
+        one.add_argument("state", type=Path, help="the --state folder of `join`")
+        one.set_defaults(run=run)
+        if verb == "use":
+            one.add_argument("version", type=_version, help="a number that `models list` shows, or newest")
+
+
+def _version(text: str) -> str:
+    """`newest`, or a whole number from 1."""
+    return text if text == "newest" else str(_count(text))
 
 
 def _count(text: str) -> int:
