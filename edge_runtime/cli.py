@@ -1,4 +1,4 @@
-"""The command line of a device: `edge-runtime profile | plan | train | join | export | predict | models | doctor | service`.
+"""The command line of a device: `edge-runtime profile | plan | train | join | export | predict | serve | models | doctor | service`.
 
 Flags and help only: every command has `--help` with examples, and those that scripts read have `--json`. What a command
 does is in `commands.py`. Imports that, `console` and the defaults that the help shows.
@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
         _add_join,
         _add_export,
         _add_predict,
+        _add_serve,
         _add_models,
         _add_doctor,
         _add_service,
@@ -243,6 +244,27 @@ def _unit_flags(action: argparse.ArgumentParser) -> None:
     action.add_argument("--cpu-quota", default="", help=quota)
 
 
+def _add_serve(commands: Commands) -> None:
+    serve = _parser(
+        commands,
+        "serve",
+        "Answer over HTTP until told to stop; of a device's folder with the newest model that is well.",
+        "edge-runtime serve /var/lib/edge",
+        "edge-runtime serve my-model.onnx --port 9000",
+        "curl -H 'Content-Type: application/json' -d '{\"text\": \"Who wrote Emma ?\"}' http://127.0.0.1:8765/predict",
+    )
+    model = "the --state folder of `join`, a folder from `train`, or an ONNX file from `edge-runtime export`"
+    serve.add_argument("model", type=Path, help=model)
+    host = "address to listen on; another than loopback is open to whoever reaches it, without a password (%(default)s)"
+    serve.add_argument("--host", default="127.0.0.1", help=host)
+    serve.add_argument("--port", type=_port, default=8765, help="0: any that is free (%(default)s)")
+    serve.add_argument("--adapter", type=Path, metavar="FOLDER", help=MERGED)
+    serve.add_argument("--threads", type=_count, help="threads of one answer (default: physical cores)")
+    family = "module that knows the architecture of a folder from `train` (%(default)s)"
+    serve.add_argument("--family", default=DEFAULT_FAMILY, help=family)
+    serve.set_defaults(run=do.run_serve)
+
+
 def _add_models(commands: Commands) -> None:
     models = _parser(
         commands,
@@ -269,6 +291,13 @@ def _add_models(commands: Commands) -> None:
 def _version(text: str) -> str:
     """`newest`, or a whole number from 1."""
     return text if text == "newest" else str(_count(text))
+
+
+def _port(text: str) -> int:
+    """A port number."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 65535, it is {text!r}")
+    return int(text)
 
 
 def _count(text: str) -> int:

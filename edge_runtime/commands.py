@@ -423,6 +423,13 @@ def run_service_uninstall(args: Namespace) -> int:
     return 0
 
 
+def run_serve(args: Namespace) -> int:
+    """Answer over HTTP until told to stop."""
+    from edge_runtime.serve import serve  # asyncio and the server: one command needs them
+
+    return serve(args)
+
+
 def run_models_list(args: Namespace) -> int:
     """Print the versions that a device holds."""
     from edge_runtime.version_commands import list_versions

@@ -241,6 +241,13 @@ def note_try(folder: Path, blob: bytes) -> int:
     return mark.tries
 
 
+def forget_try(folder: Path, blob: bytes) -> None:
+    """A try ended for a reason that says nothing of the version."""
+    with _changing(folder):
+        choice = _read_choice(folder)
+        _remark(folder, choice, dataclasses.replace(choice.mark(blob), tries=0))
+
+
 def mark_checked(folder: Path, blob: bytes) -> None:
     """A version was tried and answers."""
     choice = _read_choice(folder)
