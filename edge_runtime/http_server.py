@@ -2,7 +2,8 @@
 
 Its bytes come from anybody: what is not a plain request with a length is refused before it is read, and a client that is
 slow loses its connection and no one else's. Not which paths there are (`http_api.py`). No TLS, no chunked bodies, no
-HTTP/2: a proxy does that. Standard library only (RFC 9112).
+HTTP/2: a proxy does that. Standard library only (RFC 9112); not its http.server, where each connection costs a thread and
+a client that sends a byte now and then is never too slow.
 
 Memory: of each connection one request (`Limits.head_bytes` and `body_bytes`) and one answer.
 """

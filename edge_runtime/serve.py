@@ -6,6 +6,7 @@ Not the flags (`cli.py`). Only `commands.py` imports it, when the command runs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import traceback
 from argparse import Namespace
@@ -23,7 +24,7 @@ SENTENCES: Sentences = {
     "swapped": lambda e: f"{_model(e)} answers now, in place of {e['before']} ({e['load_s']:.2f} s beside it)",
     "refused": lambda e: f"{_model(e)} is not used, {e['answers'] or 'none'} answers: {e['reason']}",
     "storage-error": lambda e: f"the disk fails or holds something damaged: {e['reason']}",
-    "failed": lambda e: f"an answer to {e['path']} failed: {e['reason']}",
+    "failed": lambda e: f"{e['path']} failed: {e['reason']}",
     "stopping": lambda e: "stopping: what has begun is still answered",
     "stopped": lambda e: f"stopped after {e['requests']} requests",
 }
@@ -47,21 +48,28 @@ async def _serve(model: LiveModel, host: str, port: int, emit: Emit) -> None:
     except OSError as error:
         raise UsageError(f"cannot listen on {host} port {port}: {error.strerror}: choose another --port") from None
     emit({"event": "serving", "host": host, "port": bound, "model_version": model.model_version})
-    following = asyncio.create_task(_follow(model))
+    following = asyncio.create_task(_follow(model, told, emit))
     await told.wait()
     emit({"event": "stopping"})
-    following.cancel()
     await server.stop()
     api.close()
+    await following
     emit({"event": "stopped", "requests": api.metrics.requests})
 
 
-async def _follow(model: LiveModel) -> None:
-    """Look for another version again and again, beside what answers."""
+async def _follow(model: LiveModel, told: asyncio.Event, emit: Emit) -> None:
+    """Look for another version again and again, beside what answers; a log that nobody reads any more ends it all."""
     loop = asyncio.get_running_loop()
-    while True:
-        await loop.run_in_executor(None, model.follow)
-        await asyncio.sleep(FOLLOW_S)
+    while not told.is_set():
+        try:
+            await loop.run_in_executor(None, model.follow)
+        except BrokenPipeError:
+            told.set()
+            raise
+        except Exception as error:  # a bug of ours: the version that answers goes on
+            emit(_failure("another version", error))
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(told.wait(), FOLLOW_S)
 
 
 def _signals() -> asyncio.Event:
