@@ -1,4 +1,4 @@
-"""The command line of a device: `edge-runtime profile | plan | train | join | export | predict | serve | models | doctor | service`.
+"""The command line of a device: `edge-runtime profile | plan | train | join | export | predict | serve | ask | models | doctor | service`.
 
 Flags and help only: every command has `--help` with examples, and those that scripts read have `--json`. What a command
 does is in `commands.py`. Imports that, `console` and the defaults that the help shows.
@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
         _add_export,
         _add_predict,
         _add_serve,
+        _add_ask,
         _add_models,
         _add_doctor,
         _add_service,
@@ -258,11 +259,32 @@ def _add_serve(commands: Commands) -> None:
     host = "address to listen on; another than loopback is open to whoever reaches it, without a password (%(default)s)"
     serve.add_argument("--host", default="127.0.0.1", help=host)
     serve.add_argument("--port", type=_port, default=8765, help="0: any that is free (%(default)s)")
+    config = "file of an enrolled name, another than the agent's: answer over the fleet's broker too"
+    serve.add_argument("--config", type=Path, help=config)
+    serve.add_argument(
+        "--allow", type=_names, metavar="NAME[,NAME]", help="enrolled names that may ask over the broker"
+    )
     serve.add_argument("--adapter", type=Path, metavar="FOLDER", help=MERGED)
     serve.add_argument("--threads", type=_count, help="threads of one answer (default: physical cores)")
     family = "module that knows the architecture of a folder from `train` (%(default)s)"
     serve.add_argument("--family", default=DEFAULT_FAMILY, help=family)
     serve.set_defaults(run=do.run_serve)
+
+
+def _add_ask(commands: Commands) -> None:
+    ask = _parser(
+        commands,
+        "ask",
+        "Have texts classified by a device of the fleet, over the fleet's broker.",
+        "edge-runtime ask --config desk.toml pi-1-answers 'Where is the Louvre ?'",
+    )
+    ask.add_argument(
+        "--config", required=True, type=Path, help="the file that `edge-coordinator enroll` made for the asker"
+    )
+    ask.add_argument("device", help="the name that `edge-runtime serve --config` answers under")
+    ask.add_argument("text", nargs="+", help="texts to classify, at most 64 and 16 KiB in all")
+    ask.add_argument("--timeout", type=_count, default=15, metavar="SECONDS", help="(%(default)s)")
+    ask.set_defaults(run=do.run_ask)
 
 
 def _add_models(commands: Commands) -> None:

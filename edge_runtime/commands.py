@@ -430,6 +430,13 @@ def run_serve(args: Namespace) -> int:
     return serve(args)
 
 
+def run_ask(args: Namespace) -> int:
+    """Have texts classified by a device of the fleet."""
+    from edge_runtime.ask import ask
+
+    return ask(args)
+
+
 def run_models_list(args: Namespace) -> int:
     """Print the versions that a device holds."""
     from edge_runtime.version_commands import list_versions

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -530,12 +530,12 @@ def test_where_it_cannot_listen_that_is_a_usage_error(tmp_path: Path, flags: lis
 class Server:
     """`edge-runtime serve` as a process."""
 
-    def __init__(self, model: Path, crash_at: int = 0) -> None:
+    def __init__(self, model: Path, crash_at: int = 0, flags: Sequence[str] = ()) -> None:
         path = os.pathsep.join(os.path.abspath(p) for p in sys.path if p)
         program = [str(CRASHING), str(crash_at)] if crash_at else ["-m"]
         command = ["edge_runtime.cli", "serve", str(model), "--port", "0", "--threads", "1", "--json"]
         self.process = subprocess.Popen(
-            [sys.executable, *program, *command],
+            [sys.executable, *program, *command, *flags],
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
@@ -560,9 +560,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(model: Path, crash_at: int = 0) -> Iterator[Server]:
+def serving(model: Path, crash_at: int = 0, flags: Sequence[str] = ()) -> Iterator[Server]:
     """The process, killed at the end whatever happens; with `crash_at` it kills itself at that write boundary."""
-    server = Server(model, crash_at)
+    server = Server(model, crash_at, flags)
     try:
         yield server
     finally:

@@ -114,6 +114,7 @@ def test_both_commands_have_their_commands(flags: dict[str, dict[str, set[str]]]
         "export",
         "predict",
         "serve",
+        "ask",
         "models",
         "doctor",
         "service",

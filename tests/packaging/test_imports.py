@@ -118,7 +118,21 @@ def test_model_families_import_and_describe_without_torch() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "profile", "plan", "train", "join", "export", "predict", "serve", "models", "doctor", "service", "models use"],
+    [
+        "",
+        "profile",
+        "plan",
+        "train",
+        "join",
+        "export",
+        "predict",
+        "serve",
+        "ask",
+        "models",
+        "doctor",
+        "service",
+        "models use",
+    ],
 )
 def test_help_works_without_torch(command: str) -> None:
     done = python(MAIN, *command.split(), "--help")
