@@ -37,6 +37,7 @@ from edge_runtime.versions import VERSIONS_FILE, answering, mark_bad, note_try, 
 from tests.device.test_mapped_network import with_head
 from tests.device.test_predict import small_file
 from tests.e2e.fleets import CONFIG, LABELS, tiny_model
+from tests.e2e.test_full_disk import fill, small_disk
 
 CRASHING = Path(__file__).parents[1] / "e2e" / "crashing.py"
 TEXT = "the red river of Paris"
@@ -188,6 +189,30 @@ def test_what_cannot_be_written_or_read_now_is_said_and_tried_later_and_the_vers
     now = 31.0
     live.follow()
     assert live.answers() == 2
+
+
+def test_on_a_full_disk_a_good_version_takes_over_and_a_bad_one_does_not_though_no_mark_can_be_written(
+    tmp_path: Path, base: Path
+) -> None:
+    with small_disk(tmp_path / "device", "64M") as disk:
+        device = Device(disk, base)
+        device.hold(1)
+        live = Live(disk)
+        for version, broken in ((2, False), (3, True)):
+            device.hold(version, broken=broken)
+            ballast = fill(disk, 0)
+            for _ in range(2):
+                live.follow()
+            assert live.answers() == 2
+            ballast.unlink()
+        assert set(live.kinds()) == {"storage-error", "swapped", "refused"}
+        assert live.kinds().count("swapped") == live.kinds().count("refused") == 1
+        assert "not finite" in live.refused[3]
+        again = Live(disk)
+        assert (again.answers(), list(again.refused)) == (2, [3]), (
+            "now that there is room it is tried again, and marked"
+        )
+        assert answering(disk).manifest.version == 2
 
 
 def test_a_damaged_file_of_choices_does_not_stop_what_answers(device: Device) -> None:
