@@ -42,6 +42,7 @@ SENTENCES: Sentences = {
     "declined": lambda e: f"round {e['round']}: not taking part: {e['reason']}",
     "model": lambda e: f"model {e['model_version']} is here",
     "fetching": lambda e: f"fetching model {e['model_version']}: {mib(e['num_bytes'])}",
+    "dropped": lambda e: f"deleted model {e['model_version']}: there was no room for model {e['for_version']}",
     "bad-message": lambda e: f"a message on {e['topic']} cannot be read: {e['reason']}",
     "problem": lambda e: f"cannot go on, trying again in 30 s: {e['reason']}",
     "storage-error": lambda e: f"the disk fails or holds something damaged: {e['reason']}",

@@ -1,4 +1,4 @@
-"""The command line of a device: `edge-runtime profile | plan | train | join | export | predict | doctor | service`.
+"""The command line of a device: `edge-runtime profile | plan | train | join | export | predict | serve | ask | models | doctor | service`.
 
 Flags and help only: every command has `--help` with examples, and those that scripts read have `--json`. What a command
 does is in `commands.py`. Imports that, `console` and the defaults that the help shows.
@@ -67,7 +67,19 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"edge-runtime {software()}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_profile, _add_plan, _add_train, _add_join, _add_export, _add_predict, _add_doctor, _add_service):
+    for add in (
+        _add_profile,
+        _add_plan,
+        _add_train,
+        _add_join,
+        _add_export,
+        _add_predict,
+        _add_serve,
+        _add_ask,
+        _add_models,
+        _add_doctor,
+        _add_service,
+    ):
         add(commands)
     return top
 
@@ -231,6 +243,83 @@ def _unit_flags(action: argparse.ArgumentParser) -> None:
     action.add_argument("--memory-max", default="80%", help=memory.replace("%(default)s", "80%%"))
     quota = "most processor time, 100%% being one core (default: all that nobody else wants)"
     action.add_argument("--cpu-quota", default="", help=quota)
+
+
+def _add_serve(commands: Commands) -> None:
+    serve = _parser(
+        commands,
+        "serve",
+        "Answer over HTTP until told to stop; of a device's folder with the newest model that is well.",
+        "edge-runtime serve /var/lib/edge",
+        "edge-runtime serve my-model.onnx --port 9000",
+        "curl -H 'Content-Type: application/json' -d '{\"text\": \"Who wrote Emma ?\"}' http://127.0.0.1:8765/predict",
+    )
+    model = "the --state folder of `join`, a folder from `train`, or an ONNX file from `edge-runtime export`"
+    serve.add_argument("model", type=Path, help=model)
+    host = "address to listen on; another than loopback is open to whoever reaches it, without a password (%(default)s)"
+    serve.add_argument("--host", default="127.0.0.1", help=host)
+    serve.add_argument("--port", type=_port, default=8765, help="0: any that is free (%(default)s)")
+    config = "file of an enrolled name, another than the agent's: answer over the fleet's broker too"
+    serve.add_argument("--config", type=Path, help=config)
+    serve.add_argument(
+        "--allow", type=_names, metavar="NAME[,NAME]", help="enrolled names that may ask over the broker"
+    )
+    serve.add_argument("--adapter", type=Path, metavar="FOLDER", help=MERGED)
+    serve.add_argument("--threads", type=_count, help="threads of one answer (default: physical cores)")
+    family = "module that knows the architecture of a folder from `train` (%(default)s)"
+    serve.add_argument("--family", default=DEFAULT_FAMILY, help=family)
+    serve.set_defaults(run=do.run_serve)
+
+
+def _add_ask(commands: Commands) -> None:
+    ask = _parser(
+        commands,
+        "ask",
+        "Have texts classified by a device of the fleet, over the fleet's broker.",
+        "edge-runtime ask --config desk.toml pi-1-answers 'Where is the Louvre ?'",
+    )
+    ask.add_argument(
+        "--config", required=True, type=Path, help="the file that `edge-coordinator enroll` made for the asker"
+    )
+    ask.add_argument("device", help="the name that `edge-runtime serve --config` answers under")
+    ask.add_argument("text", nargs="+", help="texts to classify, at most 64 and 16 KiB in all")
+    ask.add_argument("--timeout", type=_count, default=15, metavar="SECONDS", help="(%(default)s)")
+    ask.set_defaults(run=do.run_ask)
+
+
+def _add_models(commands: Commands) -> None:
+    models = _parser(
+        commands,
+        "models",
+        "List the model versions that a device holds, or choose the one that answers.",
+        "edge-runtime models list /var/lib/edge",
+        "edge-runtime models use /var/lib/edge 7",
+        "edge-runtime models use /var/lib/edge newest",
+        "edge-runtime models rollback /var/lib/edge",
+    )
+    verbs = models.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, what, run in (
+        ("list", "Show the versions that are whole, newest first.", do.run_models_list),
+        ("use", "Pin a version, or follow the newest again.", do.run_models_use),
+        ("rollback", "Pin the version before the one that answers.", do.run_models_rollback),
+    ):
+        one = _parser(verbs, verb, what, f"edge-runtime models {verb} /var/lib/edge", nested=True)
+        one.add_argument("state", type=Path, help="the --state folder of `join`")
+        one.set_defaults(run=run)
+        if verb == "use":
+            one.add_argument("version", type=_version, help="a number that `models list` shows, or newest")
+
+
+def _version(text: str) -> str:
+    """`newest`, or a whole number from 1."""
+    return text if text == "newest" else str(_count(text))
+
+
+def _port(text: str) -> int:
+    """A port number."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 65535, it is {text!r}")
+    return int(text)
 
 
 def _count(text: str) -> int:

@@ -421,3 +421,38 @@ def run_service_uninstall(args: Namespace) -> int:
     else:
         print("there is no service to remove")
     return 0
+
+
+def run_serve(args: Namespace) -> int:
+    """Answer over HTTP until told to stop."""
+    from edge_runtime.serve import serve  # asyncio and the server: one command needs them
+
+    return serve(args)
+
+
+def run_ask(args: Namespace) -> int:
+    """Have texts classified by a device of the fleet."""
+    from edge_runtime.ask import ask
+
+    return ask(args)
+
+
+def run_models_list(args: Namespace) -> int:
+    """Print the versions that a device holds."""
+    from edge_runtime.version_commands import list_versions
+
+    return list_versions(args)
+
+
+def run_models_use(args: Namespace) -> int:
+    """Pin a version, or follow the newest again."""
+    from edge_runtime.version_commands import use_version
+
+    return use_version(args)
+
+
+def run_models_rollback(args: Namespace) -> int:
+    """Pin the version before the one that answers."""
+    from edge_runtime.version_commands import roll_back
+
+    return roll_back(args)

@@ -31,6 +31,15 @@ class ModelError(EdgeError):
     exit_code = 4
 
 
+class BadVersion(ModelError):
+    """One version of a fleet's model cannot be used here, another may. Exit code 4, as `ModelError`."""
+
+    def __init__(self, message: str, *, version: int, manifest: bytes) -> None:
+        super().__init__(message)
+        self.version = version
+        self.manifest = manifest  # SHA-256 of its manifest
+
+
 class DoesNotFit(EdgeError):
     """Nothing fits the budgets: raise a budget or choose a smaller model. Exit code 5."""
 

@@ -1,24 +1,28 @@
 """Keeps the fleet's newest model whole on this device's disk: fetches what is missing, swaps versions in one rename.
 
 A version counts as held when every blob of it is here and verified; until then the one before stays usable. After any
-trouble (full disk, lost chunks, an evicted blob) it begins again with what is still missing. No topics, no clock of its own.
+trouble (full disk, lost chunks, an evicted blob) it begins again with what is still missing. Older versions stay as
+`versions.py` says, and go where the disk has no room for a newer one. No topics, no clock of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.errors import EdgeError, WireError
+from edge_runtime.errors import EdgeError, StoreError, WireError
 from edge_runtime.manifest import Manifest, check_family, decode_manifest
 from edge_runtime.source import MANIFEST_FILE, STORE_FOLDER
-from edge_runtime.store import BlobStore, atomic_writer, file_sha256
+from edge_runtime.store import BlobStore, file_sha256
 from edge_runtime.transfer import Receiver
+from edge_runtime.versions import forget_choice, make_room, read_versions, take_over
 from edge_runtime.wire import Model, Need
 
 MAX_BAD_HASHES = 3
+ROOM_BYTES = 1 << 20  # beyond what is fetched: the small files that go with it
 MISSING_S = 30.0  # after the coordinator lacked a blob, until it is asked again
 Emit = Callable[[dict[str, Any]], None]
 
@@ -93,14 +97,12 @@ class ModelKeeper:
             raise WireError(f"model {self.announced.version} does not have the hashes it was announced with")
 
     def complete(self) -> bool:
-        """Whether the announced version has just become whole; if so, it is ours now and the old tensors are gone."""
+        """Whether the announced version has just become whole; if so, it is ours now, with one before it to go back to."""
         model, manifest = self.announced, self._incoming
         if model is None or manifest is None or not self._receiver.idle:
             return False
-        with atomic_writer(self._folder / MANIFEST_FILE) as file:
-            file.write(self.store.path(model.manifest).read_bytes())
+        take_over(self._folder, self.store, manifest, self.store.path(model.manifest).read_bytes())
         self.manifest, self._incoming, self._held_blob = manifest, None, model.manifest
-        self.store.keep_only([model.manifest, *manifest.blobs()])
         return True
 
     def reconnected(self, now: float) -> None:
@@ -135,10 +137,19 @@ class ModelKeeper:
             raise
         self._incoming = manifest
         for blob, size in manifest.blobs().items():
+            self._drop_cut_short(blob, size)
             self._receiver.want(blob, size, now)
+        if shutil.disk_usage(self._folder).free < self._receiver.missing_bytes + ROOM_BYTES:
+            for version in make_room(self._folder, self.store, [model.manifest, *manifest.blobs()]):
+                self._emit({"event": "dropped", "model_version": version, "for_version": manifest.version})
         self._emit({"event": "fetching", "model_version": manifest.version, "num_bytes": self._receiver.missing_bytes})
 
     def _load(self) -> Manifest | None:
+        try:
+            read_versions(self._folder)
+        except StoreError as error:
+            self._emit({"event": "storage-error", "reason": f"{error}; done, pins and marks are forgotten"})
+            forget_choice(self._folder)
         try:
             data = (self._folder / MANIFEST_FILE).read_bytes()
             manifest = decode_manifest(data)
@@ -150,9 +161,13 @@ class ModelKeeper:
             self._emit({"event": "storage-error", "reason": reason})
             return None
         for blob, size in manifest.blobs().items():
-            if self.store.has(blob) and self.store.size(blob) != size:  # cut short by a failing disk
-                self.store.delete(blob)
+            self._drop_cut_short(blob, size)
         if not all(self.store.has(blob) for blob in manifest.blobs()):
             return None
         self._held_blob = hashlib.sha256(data).digest()
         return manifest
+
+    def _drop_cut_short(self, blob: bytes, size: int) -> None:
+        """Forget a blob that a failing disk has cut short, so that it is fetched again."""
+        if self.store.has(blob) and self.store.size(blob) != size:
+            self.store.delete(blob)

@@ -13,6 +13,7 @@ one internal batch of at most `BATCH_TOKENS` padded tokens about 4 * BATCH_TOKEN
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import threading
@@ -21,7 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.errors import DataError, EdgeError, MissingExtra, ModelError, UsageError
+from edge_runtime.errors import (
+    BadVersion,
+    DataError,
+    EdgeError,
+    MissingExtra,
+    ModelError,
+    StoreError,
+    UsageError,
+    WireError,
+)
 from edge_runtime.tokenize import Tokenizer, pad
 
 if TYPE_CHECKING:
@@ -31,6 +41,7 @@ if TYPE_CHECKING:
     from edge_runtime.graphs.bundle import GraphSet
     from edge_runtime.mapped_network import MappedNetwork
     from edge_runtime.source import Checkpoint, Source
+    from edge_runtime.versions import Stamp
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -38,9 +49,9 @@ FORMAT = "edge-runtime 1"  # of the metadata in an exported file
 BATCH_TOKENS = 512  # padded tokens in one internal batch; more gains no speed on a CPU
 MAX_LENGTH = 1 << 17
 WINDOW_TEXTS = 1024  # texts that are tokenized and sorted by length together
+TRIALS = ("", "Hello.", "How far is it from Denver to Aspen ?", "a river in the mountains " * 40)  # of a newer version
 INPUTS = ("input_ids", "attention_mask")
 OUTPUT = "logits"
-Stamp = tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ class Predictor:
         adapter: str | Path | None = None,
         progress: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Load an exported file, a checkpoint folder that has a head, or the folder of an agent.
+        """Load an exported file, a checkpoint folder that has a head, or the version that answers of an agent's folder.
 
         Args:
             threads: None takes one for each physical core.
@@ -79,12 +90,13 @@ class Predictor:
 
         Raises:
             ModelError: it is missing, damaged, a file that was not exported by edge-runtime, or a folder without a head.
+            BadVersion: a `ModelError` of a version in an agent's folder.
             MissingExtra: the folder's graphs are not known here and cannot be derived without torch.
         """
         self._path, self._threads, self._progress = Path(path), threads, progress
         self._family, self._loading = family, threading.Lock()
         self._adapter = Path(adapter) if adapter else None
-        self._seen: Stamp = None  # of the agent's manifest that was read last, usable or not
+        self._seen: Stamp = None  # of the agent's versions that were read last, usable or not
         self._version = self._open_folder(None) if adapter or self._path.is_dir() else _open_file(self._path, threads)
 
     @property
@@ -102,25 +114,47 @@ class Predictor:
         """Where the model comes from, for example the model version and the method."""
         return self._version.metadata
 
-    def refresh(self) -> bool:
-        """Take over the newest version that an agent's folder holds; -> whether it was another. Else it costs one `stat`.
+    @property
+    def version(self) -> bytes:
+        """What tells the version of an agent's folder that answers: the SHA-256 of its manifest. Empty for other models."""
+        return self._version.checkpoint.version if self._version.checkpoint else b""
 
-        Calls that are under way end on the version that they began with. False at once while another thread is loading.
+    def refresh(self) -> bool:
+        """Take over the version that answers of an agent's folder now; -> whether it was another. Else it costs two `stat`.
+
+        It is tried on a few built-in texts first. Calls that are under way end on the version that they began with. False
+        at once while another thread is loading.
 
         Raises:
-            ModelError, WireError, MissingExtra: the newer version cannot be used. The one before stays, and this one is
+            ModelError, WireError, MissingExtra: the other version cannot be used. The one before stays, and this one is
                 not tried again.
+            StoreError: the disk is full, or a file of the folder is damaged. The one before stays until the next call.
         """
         if self._seen is None or not self._loading.acquire(blocking=False):
             return False
         try:
-            if _stamp(self._path) in (None, self._seen):
+            if self._stamp() in (None, self._seen):
                 return False
             before = self._version
-            self._version = self._open_folder(before)
-            return self._version is not before
+            version = self._open_folder(before)
+            if version is before:
+                return False
+            version.check()
+            self._version = version
+            return True
+        except StoreError:
+            self._seen = ()
+            raise
         finally:
             self._loading.release()
+
+    def check(self) -> None:
+        """Try the model on a few built-in texts, which warms it up too.
+
+        Raises:
+            ModelError: it fails on one, or what it gives are no probabilities. `BadVersion` of an agent's folder.
+        """
+        self._version.check()
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
         """One prediction for each text, in their order, all from one version of the model.
@@ -144,29 +178,38 @@ class Predictor:
 
     def _open_folder(self, before: _Version | None) -> _Version:
         """The model that the folder holds now; `before` itself if that is still the one."""
-        self._seen = _stamp(self._path)
+        self._seen = self._stamp()
         while True:
             try:
                 return self._read_folder(before)
             except EdgeError:
-                tried, self._seen = self._seen, _stamp(self._path)
+                tried, self._seen = self._seen, self._stamp()
                 if self._seen == tried:
                     raise
                 # the agent took over a newer version meanwhile and deleted what only the older one had: begin again
 
-    def _read_folder(self, before: _Version | None) -> _Version:
-        from edge_runtime.mapped_network import MappedNetwork
-        from edge_runtime.merging import with_adapter
-        from edge_runtime.source import DEFAULT_FAMILY, find_checkpoint
-        from edge_runtime.store import cache_folder
+    def _stamp(self) -> Stamp:
+        from edge_runtime.versions import stamp
 
-        family, cache = self._family or DEFAULT_FAMILY, cache_folder()
-        checkpoint = find_checkpoint(str(self._path), family=family, progress=self._progress)
+        return stamp(self._path)
+
+    def _read_folder(self, before: _Version | None) -> _Version:
+        from edge_runtime.source import DEFAULT_FAMILY, find_checkpoint
+
+        checkpoint = find_checkpoint(str(self._path), family=self._family or DEFAULT_FAMILY, progress=self._progress)
         if before is not None and before.checkpoint == checkpoint:
             return before
+        with _named(checkpoint):
+            return self._read_checkpoint(checkpoint, before)
+
+    def _read_checkpoint(self, checkpoint: Checkpoint, before: _Version | None) -> _Version:
+        from edge_runtime.mapped_network import MappedNetwork
+        from edge_runtime.merging import with_adapter
+        from edge_runtime.store import cache_folder
+
         old = before.network if before is not None else None
         with with_adapter(checkpoint, self._adapter) as source:  # mapped files are read after they are gone, too
-            graph_set = _graph_set(source, old, cache, self._progress)
+            graph_set = _graph_set(source, old, cache_folder(), self._progress)
             network = MappedNetwork(source, graph_set, self._threads or 0, old)
         if before is not None and _tokenizing(before.checkpoint) == _tokenizing(checkpoint):
             tokenizer = before.tokenizer
@@ -201,6 +244,14 @@ class _Version:
                 by_label = dict(zip(self.labels, probabilities, strict=True))
                 found[i] = Prediction(self.labels[best], probabilities[best], by_label, model_version)
         return [found[i] for i in range(len(texts))]
+
+    def check(self) -> None:
+        """As `Predictor.check`."""
+        with _named(self.checkpoint):
+            for found in self.predict(TRIALS):
+                values = found.probabilities.values()
+                if not all(0 <= value <= 1 for value in values) or abs(sum(values) - 1) > 1e-6:
+                    raise ModelError("what the model gives for a text are no probabilities: choose another version")
 
 
 def evaluate(model: str | Path | Predictor, rows: Iterable[tuple[str, str]], threads: int | None = None) -> float:
@@ -317,15 +368,16 @@ def _tokenizing(checkpoint: Checkpoint | None) -> tuple[Path, int] | None:
     return (checkpoint.tokenizer, checkpoint.max_length) if checkpoint else None
 
 
-def _stamp(folder: Path) -> Stamp:
-    """Changes with the manifest of an agent's folder; None without one."""
-    from edge_runtime.source import MANIFEST_FILE
-
+@contextlib.contextmanager
+def _named(checkpoint: Checkpoint | None) -> Iterator[None]:
+    """What is wrong with a version of an agent's folder, as an error that names it."""
     try:
-        status = (folder / MANIFEST_FILE).stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ino, status.st_size
+        yield
+    except (ModelError, WireError) as error:
+        if checkpoint is None or checkpoint.manifest is None:
+            raise
+        number = checkpoint.manifest.version
+        raise BadVersion(f"model {number}: {error}", version=number, manifest=checkpoint.version) from error
 
 
 # numbers

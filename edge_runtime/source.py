@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import ModelError, UsageError
-from edge_runtime.manifest import Manifest, check_family, decode_manifest
+from edge_runtime.manifest import Manifest, check_family
 from edge_runtime.model import ConfigValue, Family, ModelSpec, TensorSpec, load_family
 from edge_runtime.optional import require
 from edge_runtime.store import BlobStore, atomic_writer, file_sha256, write_json
@@ -40,7 +40,8 @@ class Checkpoint:
     max_length: int
     labels: tuple[str, ...] | None  # of its own head; None without one
     family: str
-    manifest: Manifest | None = None  # for an agent's folder
+    manifest: Manifest | None = None  # for an agent's folder: of the version that answers
+    version: bytes = b""  # hash of that manifest
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,16 @@ def find_checkpoint(
         UsageError: max_length is not one that the model has, or `family` is no family's module.
         ModelError: there is no such model, or it is damaged.
     """
+    from edge_runtime.versions import answering, is_state_folder
+
     folder = resolve(reference, progress)
-    if (folder / MANIFEST_FILE).exists():
-        manifest = decode_manifest((folder / MANIFEST_FILE).read_bytes())
+    if is_state_folder(folder):
+        held = answering(folder)
+        manifest = held.manifest
         tokenizer = BlobStore(folder / STORE_FOLDER).path(manifest.tokenizer)
         labels = None if new_head else manifest.labels
         length = _length(max_length, manifest.spec.config, manifest.max_length)
-        return Checkpoint(folder, tokenizer, length, labels, manifest.family, manifest)
+        return Checkpoint(folder, tokenizer, length, labels, manifest.family, manifest, held.blob)
     if (folder / STORE_FOLDER).is_dir() and not (folder / CONFIG_FILE).exists():
         raise ModelError(f"{folder} is of an agent that holds no whole model yet: let it fetch one")
     try:

@@ -40,6 +40,21 @@ class Topics:
         """One device to the coordinator: st, join, offer, need, c."""
         return f"fl/1/{self.realm}/d/{device}/up/{kind}"
 
+    def asks(self, asker: str, device: str) -> str:
+        """From a client to the one that answers for a device: ask."""
+        return f"fl/1/{self.realm}/a/{asker}/{device}/ask"
+
+    def answers(self, asker: str, device: str) -> str:
+        """And back: answer."""
+        return f"fl/1/{self.realm}/a/{asker}/{device}/answer"
+
+    def asked(self, topic: str) -> tuple[str, str] | None:
+        """(asker, device) of a topic of questions or answers of this realm, else None."""
+        parts = topic.split("/")
+        if len(parts) != 7 or parts[:4] != ["fl", "1", self.realm, "a"] or not all(map(ID.match, parts[4:6])):
+            return None
+        return parts[4], parts[5]
+
     def device_filters(self, device: str) -> list[str]:
         """What a device subscribes to."""
         return [self.all("+"), self.down(device, "+")]

@@ -37,6 +37,7 @@ PROTOCOL = 1
 MAX_CONTROL_BYTES = 16 << 10
 MAX_JOIN_BYTES = 128 << 10  # its cost table: two rows a block, of at most 212 bytes each; 255 blocks fit in any case
 MAX_MANIFEST_BYTES = 512 << 10  # a 24-block BERT needs about 50 KiB
+MAX_ASKED_TEXTS = 64
 DEFAULT_TEXT = Range(0, 200)
 DEFAULT_INT = Range(-(1 << 63), (1 << 63) - 1)
 DEFAULT_ITEMS = Range(0, 512)
@@ -167,6 +168,25 @@ class Missing:
     blob: Sha256
 
 
+@dataclass(frozen=True)
+class Ask:
+    """`a/ASKER/DEVICE/ask`: texts to classify."""
+
+    id: Annotated[bytes, Range(16, 16)]  # chosen at random by the asker
+    texts: Annotated[tuple[Annotated[str, Range(0, MAX_CONTROL_BYTES)], ...], Range(1, MAX_ASKED_TEXTS)]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`a/ASKER/DEVICE/answer`: the labels of an `Ask`'s texts in their order, or why there are none."""
+
+    id: Annotated[bytes, Range(16, 16)]
+    labels: Annotated[tuple[Annotated[str, Range(0, 200)], ...], Range(0, MAX_ASKED_TEXTS)] = ()
+    probabilities: Annotated[tuple[Annotated[float, Range(0, 1)], ...], Range(0, MAX_ASKED_TEXTS)] = ()
+    model_version: Count = 0  # that answered; 0 for a model of no fleet
+    reason: Reason = ""
+
+
 MESSAGES: dict[str, type[Any]] = {
     "st": Status,
     "coord": Coordinator,
@@ -178,6 +198,8 @@ MESSAGES: dict[str, type[Any]] = {
     "ack": Ack,
     "need": Need,
     "missing": Missing,
+    "ask": Ask,
+    "answer": Answer,
 }
 KINDS = {cls: kind for kind, cls in MESSAGES.items()}
 

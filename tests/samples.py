@@ -21,6 +21,8 @@ from edge_runtime.wire import (
     DEFAULT_INT,
     DEFAULT_TEXT,
     Ack,
+    Answer,
+    Ask,
     BlobRange,
     Coordinator,
     Grant,
@@ -54,6 +56,8 @@ MESSAGES: dict[str, Any] = {
     "ack": Ack("first", 4, "rejected", "the update has 3 bytes, its plan 4: größer", BLOB),
     "need": Need((BlobRange(BLOB, 0, 65_536), BlobRange(OTHER, 1 << 20, 5 << 20))),
     "missing": Missing(BLOB),
+    "ask": Ask(NONCE, ("Where is the Louvre ?", "")),
+    "answer": Answer(NONCE, ("place", "größe"), (0.75, 1.0), 3, ""),
 }
 
 

@@ -41,6 +41,10 @@ def may(user: str, action: Action, topic: str, realm: str) -> bool:
     root = ["fl", "1", realm]
     if user == COORDINATOR:
         return _inside(levels, root)
+    if len(levels) == 7 and _inside(levels, [*root, "a"]):
+        asker, device, kind = levels[4:]
+        sends, hears = (asker, device) if kind == "ask" else (device, asker) if kind == "answer" else ("", "")
+        return user == (sends if action == "publish" else hears)
     own = [*root, "d", user]
     if action == "publish":
         return _inside(levels, [*own, "up"])
@@ -104,6 +108,10 @@ def mosquitto_acl(realm: str) -> str:
         f"pattern read {root}/g/#\n"
         f"pattern read {root}/d/%u/dn/#\n"
         f"pattern write {root}/d/%u/up/#\n"
+        f"pattern write {root}/a/%u/+/ask\n"
+        f"pattern read {root}/a/+/%u/ask\n"
+        f"pattern write {root}/a/+/%u/answer\n"
+        f"pattern read {root}/a/%u/+/answer\n"
     )
 
 

@@ -56,6 +56,16 @@ TOPICS = [
     "fl/1/farm/d/d/dn/cmd",
     "fl/1/farm/d/%u/up/st",
     "fl/1/farm/d/coordinator/up/st",
+    "fl/1/farm/a/dev-a/dev-b/ask",
+    "fl/1/farm/a/dev-a/dev-b/answer",
+    "fl/1/farm/a/dev-b/dev-a/ask",
+    "fl/1/farm/a/dev-b/dev-a/answer",
+    "fl/1/farm/a/dev-a/dev-a/ask",
+    "fl/1/farm/a/dev-a/d/answer",
+    "fl/1/farm/a/dev-a/dev-b/other",
+    "fl/1/farm/a/dev-a/dev-b/ask/x",
+    "fl/1/farm/a/dev-a/ask",
+    "fl/1/farm/a",
 ]
 
 
@@ -93,6 +103,22 @@ TOPICS = [
         ("dev-a", "subscribe", "fl/1/farm/all/x+", False),
         ("dev-a", "subscribe", "$SYS/#", False),
         ("dev-a", "subscribe", "$share/x/fl/1/farm/all/#", False),
+        ("dev-a", "publish", "fl/1/farm/a/dev-a/dev-b/ask", True),
+        ("dev-a", "publish", "fl/1/farm/a/dev-b/dev-c/ask", False),
+        ("dev-a", "publish", "fl/1/farm/a/dev-b/dev-a/ask", False),
+        ("dev-a", "publish", "fl/1/farm/a/dev-b/dev-a/answer", True),
+        ("dev-a", "publish", "fl/1/farm/a/dev-a/dev-b/answer", False),
+        ("dev-a", "publish", "fl/1/other/a/dev-a/dev-b/ask", False),
+        ("dev-a", "receive", "fl/1/farm/a/dev-b/dev-a/ask", True),
+        ("dev-a", "receive", "fl/1/farm/a/dev-a/dev-b/ask", False),
+        ("dev-a", "receive", "fl/1/farm/a/dev-b/dev-c/answer", False),
+        ("dev-a", "subscribe", "fl/1/farm/a/+/dev-a/ask", True),
+        ("dev-a", "subscribe", "fl/1/farm/a/dev-a/+/answer", True),
+        ("dev-a", "subscribe", "fl/1/farm/a/+/+/ask", False),
+        ("dev-a", "subscribe", "fl/1/farm/a/+/dev-a/+", False),
+        ("dev-a", "subscribe", "fl/1/farm/a/dev-a/#", False),
+        ("dev-a", "subscribe", "fl/1/farm/a/+/dev-b/ask", False),
+        ("+", "subscribe", "fl/1/farm/a/+/+/ask", False),
         (COORDINATOR, "subscribe", "fl/1/farm/#", True),
         (COORDINATOR, "subscribe", "fl/1/farm/d/+/up/#", True),
         (COORDINATOR, "subscribe", "fl/1/+/d/x/up/#", False),
@@ -113,7 +139,7 @@ def test_may(user: str, action: Action, topic: str, allowed: bool) -> None:
 
 
 def test_a_filter_that_passes_selects_nothing_that_may_not_be_received() -> None:
-    parts = ["d", "dev-a", "dn", "up", "all", "g", "+", "#"]
+    parts = ["d", "a", "dev-a", "dn", "up", "ask", "all", "g", "+", "#"]
     checked = 0
     for start in ("fl/1/farm", "fl/1/+", "+/1/farm"):
         for depth in range(5):

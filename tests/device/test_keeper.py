@@ -17,6 +17,7 @@ from edge_runtime.manifest import encode_manifest, make_manifest
 from edge_runtime.source import MANIFEST_FILE
 from edge_runtime.store import BlobStore
 from edge_runtime.transfer import Sender
+from edge_runtime.versions import VERSIONS_FILE, read_versions
 from edge_runtime.wire import Model, Need, decode_chunk
 
 CONFIG: dict[str, int | float | str] = {
@@ -96,14 +97,20 @@ def test_a_model_is_held_when_every_byte_of_it_is_here_and_is_there_after_a_rest
         world.start()
 
 
-def test_the_next_version_costs_only_what_changed_and_frees_what_it_replaces(world: World) -> None:
-    world.start()
-    next_version = world.publish(2, seed=2)
-    world.keeper.announce(next_version)
+def test_the_next_version_costs_only_what_changed_and_leaves_one_before_it(world: World) -> None:
     head = sum(t.num_bytes for t in SPEC.tensors if t.part == SPEC.num_blocks)
-    assert world.fetch() == next_version.manifest_bytes + head
-    assert world.keeper.held == 2
-    assert world.keeper.store.used_bytes() == next_version.manifest_bytes + sum(world.keeper.manifest.blobs().values())  # type: ignore[union-attr]
+    for version in (2, 3, 4):
+        world.start()
+        sent = world.sender.sent_bytes
+        next_version = world.publish(version, seed=version)
+        world.keeper.announce(next_version)
+        assert world.fetch() - sent == next_version.manifest_bytes + head
+        assert world.keeper.held == version
+        whole = next_version.manifest_bytes + sum(world.keeper.manifest.blobs().values())  # type: ignore[union-attr]
+        assert (
+            world.keeper.store.used_bytes() == whole + next_version.manifest_bytes + head
+        )  # what the one before changed
+        assert [h.manifest.version for h in read_versions(world.folder).held] == [version, version - 1]
 
 
 # damage
@@ -161,6 +168,28 @@ def test_a_damaged_copy_of_the_manifest_in_the_store_is_fetched_again_and_no_rea
     world.keeper.announce(model)
     assert world.fetch() == model.manifest_bytes
     assert world.keeper.complete() and world.is_whole()
+
+
+def test_a_tensor_of_an_older_version_that_is_cut_short_is_fetched_again_when_a_newer_one_has_it_too(
+    world: World,
+) -> None:
+    first = world.keeper.manifest
+    assert first
+    world.keeper.announce(world.publish(2, seed=2))
+    world.fetch()
+    head = world.keeper.store.path(first.tensors[-2].blob)
+    head.write_bytes(head.read_bytes()[:5])
+    world.keeper.announce(world.publish(3, seed=1))
+    world.fetch()
+    assert world.keeper.held == 3 and world.is_whole()
+
+
+def test_damaged_choices_are_said_and_forgotten_and_the_newest_model_stays(world: World) -> None:
+    (world.folder / VERSIONS_FILE).write_bytes(b"{")
+    world.start()
+    assert world.keeper.held == 1 and world.is_whole()
+    assert "pins and marks are forgotten" in world.events[-1]["reason"]
+    assert not (world.folder / VERSIONS_FILE).exists()
 
 
 # which version

@@ -22,7 +22,7 @@ import pytest
 from edge_models import bert, hub
 from edge_runtime import commands, merging, source
 from edge_runtime.cli import main
-from edge_runtime.errors import EdgeError, MissingExtra, ModelError, WireError
+from edge_runtime.errors import BadVersion, EdgeError, MissingExtra, ModelError, WireError
 from edge_runtime.export import export_onnx
 from edge_runtime.graphs import find
 from edge_runtime.graphs.bundle import GraphSet
@@ -372,8 +372,9 @@ def test_graphs_that_came_with_an_agents_model_are_used_if_they_fit(
     agent.hold(2, graphs=agent.store.put(data), graphs_bytes=len(data))
     assert Predictor(agent.folder).metadata["model_version"] == "2"
     agent.hold(3, graphs=agent.store.put(b"damaged"), graphs_bytes=7)
-    with pytest.raises(WireError):
+    with pytest.raises(BadVersion, match="model 3: not a graph set") as refused:
         Predictor(agent.folder)
+    assert refused.value.version == 3
 
 
 # the command

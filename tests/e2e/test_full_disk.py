@@ -30,7 +30,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 def fill(folder: Path, leave_bytes: int) -> Path:
     """Use the room up, but for so much."""
     ballast = folder / "ballast"
-    with ballast.open("wb") as file, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), ballast.open("wb") as file:  # closing writes what is left in the buffer
         while True:
             file.write(bytes(1 << 16))
             file.flush()

@@ -123,6 +123,19 @@ def control_files() -> dict[str, bytes]:
         "need-too-much": _changed("need", ranges=[{"blob": BLOB, "start": 0, "end": 1}] * 17),
         "need-negative": _changed("need", ranges=[{"blob": BLOB, "start": -1, "end": 1}]),
         "missing-nothing": _changed("missing", blob=None),
+        "ask-nothing": _changed("ask", texts=[]),
+        "ask-too-much": _changed("ask", texts=["a"] * 65),
+        "ask-one-text": _changed("ask", texts="a"),
+        "ask-bytes": _changed("ask", texts=[b"a"]),
+        "ask-id-of-15-bytes": _changed("ask", id=bytes(15)),
+        "ask-over-the-limit": _changed("ask", texts=["x" * MAX_CONTROL_BYTES]),
+        "ok-ask-an-empty-text": _changed("ask", texts=[""]),
+        "answer-too-much": _changed("answer", labels=["a"] * 65),
+        "answer-label-too-long": _changed("answer", labels=["x" * 201]),
+        "answer-probability-2": _changed("answer", probabilities=[2.0]),
+        "answer-probability-nan": _changed("answer", probabilities=[math.nan]),
+        "answer-probability-text": _changed("answer", probabilities=["1"]),
+        "answer-version-negative": _changed("answer", model_version=-1),
     }
     for kind in MESSAGES:
         files[f"{kind}-cut"] = message(kind)[:-5]

@@ -105,7 +105,20 @@ def mentions(document: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def test_both_commands_have_their_commands(flags: dict[str, dict[str, set[str]]]) -> None:
-    device_commands = {"", "profile", "plan", "train", "join", "export", "predict", "doctor", "service"}
+    device_commands = {
+        "",
+        "profile",
+        "plan",
+        "train",
+        "join",
+        "export",
+        "predict",
+        "serve",
+        "ask",
+        "models",
+        "doctor",
+        "service",
+    }
     assert set(flags["edge-runtime"]) == device_commands
     assert set(flags["edge-coordinator"]) == {
         "",
@@ -139,7 +152,7 @@ def test_every_flag_that_a_document_names_exists(path: Path, flags: dict[str, di
 
 def test_the_readme_shows_every_command(flags: dict[str, dict[str, set[str]]]) -> None:
     shown = {(program, words[0]) for program, words in mentions(text(ROOT / "README.md")) if words}
-    for command in ("profile", "plan", "train", "join", "export", "predict"):
+    for command in ("profile", "plan", "train", "join", "export", "predict", "serve", "models"):
         assert ("edge-runtime", command) in shown
     for command in ("init", "enroll", "serve", "models"):
         assert ("edge-coordinator", command) in shown

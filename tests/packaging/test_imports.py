@@ -116,7 +116,24 @@ def test_model_families_import_and_describe_without_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["", "profile", "plan", "train", "join", "export", "predict", "doctor", "service"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "profile",
+        "plan",
+        "train",
+        "join",
+        "export",
+        "predict",
+        "serve",
+        "ask",
+        "models",
+        "doctor",
+        "service",
+        "models use",
+    ],
+)
 def test_help_works_without_torch(command: str) -> None:
     done = python(MAIN, *command.split(), "--help")
     assert done.returncode == 0, done.stderr
