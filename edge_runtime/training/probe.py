@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from edge_runtime.cost import GRAPH_BACKEND, Calibration, Point, Trained, graph_law_bytes, law_bytes, trained
+from edge_runtime.cost import (
+    GRAPH_BACKEND,
+    Calibration,
+    Point,
+    Trained,
+    block_shares,
+    graph_law_bytes,
+    law_bytes,
+    trained,
+)
 from edge_runtime.errors import ModelError, TrainingFailed
 from edge_runtime.hardware import process_memory, profile, reset_peak
 from edge_runtime.model import ModelSpec
@@ -175,16 +184,16 @@ def seconds(head: Timed, blocks: Timed, probed: Probed, depth: int, sizes: Seque
     So the parts add up to what was measured for both, and to a line between them; a block forward is timed by itself.
     """
     spec, points = probed.spec, dict[str, list[tuple[int, float]]](forward=[], train=[], rest=[])
-    update = update_s("sgd")
+    update, work = update_s("sgd"), [share.work for share in block_shares(spec)]
     for size in sizes:
         batch = probed.batch(size, probed.mean)
         head_s = median_s(partial(head.step, batch)) - update * probed.trained(0).total
-        forward_s = min(median_s(head.block(batch)), head_s / spec.num_blocks)
-        rest_s = head_s - spec.num_blocks * forward_s
+        forward_s = min(median_s(head.block(batch)) / work[0], head_s / sum(work))
+        rest_s = head_s - sum(work) * forward_s
         train_s = forward_s
         if depth:
             whole_s = median_s(partial(blocks.step, batch)) - update * probed.trained(depth).total
-            train_s += max(0.0, whole_s - head_s) / depth
+            train_s += max(0.0, whole_s - head_s) / sum(work[-depth:])
         for what, taken in (("forward", forward_s), ("train", train_s), ("rest", rest_s)):
             points[what].append((batch.ids.size, max(0.0, taken)))
     lines = {"update_per_parameter_s": update_s(probed.optimizer)}

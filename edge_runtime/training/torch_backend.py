@@ -146,7 +146,7 @@ class TorchBackend:
     def block(self, batch: Batch) -> Callable[[], object]:
         """A block's forward pass on one micro-batch."""
         ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)
-        block = self._model.blocks[-1]
+        block = self._model.blocks[0]
         with torch.no_grad():
             hidden, bias = self._model.embed(ids, mask)
 

@@ -59,10 +59,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x (batch, seq, hidden), bias (batch, 1, 1, seq) added to the scores -> (batch, seq, heads * head_size)."""
-        q, k, v = (proj(x) for proj in (self.query, self.key, self.value))
-        batch, seq, wide = q.shape
+        batch, seq, _ = x.shape
+        wide = self.query.weight.shape[0]
         split = (batch, seq, wide // self.head_size, self.head_size)
-        q, k, v = (t.view(split).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (proj(x).view(split).transpose(1, 2) for proj in (self.query, self.key, self.value))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (batch, heads, seq, head_size)
         return out.transpose(1, 2).reshape(batch, seq, wide)
 
