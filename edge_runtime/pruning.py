@@ -2,7 +2,8 @@
 
 FedSpine (Yao et al., arXiv 2501.02438) prunes whole heads and channels: tensors become smaller, nothing is masked, and what is
 left is an ordinary model of its family with widths of its own in each block. What a head or a channel is made of, the family
-says (`model.Family`). Not which groups go (their importance) and not the training. Imports numpy, the model and the weights.
+says (`model.Family`). Not which groups go (`importance.py`) and not the training. Imports the model and the weights; numpy inside
+functions, so that an agent can check what is kept without it.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import UsageError, WireError
 from edge_runtime.graphs.bundle import part_tensors, relative_names
 from edge_runtime.model import ModelSpec, TensorSpec, load_family
 from edge_runtime.weights import MappedTensor, release_pages, write_arrays
 
-Array = np.ndarray[Any, np.dtype[Any]]
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
 HEADS, CHANNELS = "heads", "channels"
 
 
@@ -36,12 +39,14 @@ class Kept:
     @staticmethod
     def full(spec: ModelSpec) -> Kept:
         """All that the model has."""
-        widths = block_widths(spec)
-        return Kept.of([np.ones(heads, bool) for heads, _ in widths], [np.ones(wide, bool) for _, wide in widths])
+        heads, channels = zip(*block_widths(spec), strict=True)
+        return Kept(tuple(map(_ones, heads)), tuple(map(_ones, channels)))
 
     @staticmethod
     def of(heads: Sequence[Array], channels: Sequence[Array]) -> Kept:
         """From one bool for each head and for each channel of each block."""
+        import numpy as np
+
         return Kept(*(tuple(np.packbits(mask).tobytes() for mask in masks) for masks in (heads, channels)))
 
     def encode(self) -> bytes:
@@ -94,7 +99,7 @@ def decode_kept(spec: ModelSpec, data: bytes) -> Kept:
 
 def kept_groups(spec: ModelSpec, kept: Kept, block: int) -> tuple[Array, Array]:
     """One bool for each head and one for each channel of a block: whether it is kept."""
-    heads, channels = block_widths(spec)[block]
+    heads, channels = _widths(spec, block)
     return _bits(kept.heads[block], heads), _bits(kept.channels[block], channels)
 
 
@@ -104,13 +109,16 @@ def block_widths(spec: ModelSpec) -> list[tuple[int, int]]:
     Raises:
         UsageError: the family does not say what its heads and channels are.
     """
-    found: list[dict[str, int]] = [{} for _ in range(spec.num_blocks)]
-    for tensor in spec.tensors:
-        if 0 <= tensor.part < spec.num_blocks and tensor.is_adapted:
-            rows, _ = groups_of(spec, tensor)
-            if rows:
-                found[tensor.part][rows] = tensor.shape[0] // group_size(spec, rows)
-    return [(widths[HEADS], widths[CHANNELS]) for widths in found]
+    return [_widths(spec, block) for block in range(spec.num_blocks)]
+
+
+def _widths(spec: ModelSpec, block: int) -> tuple[int, int]:
+    found: dict[str, int] = {}
+    for tensor in part_tensors(spec, block):
+        rows = groups_of(spec, tensor)[0] if tensor.is_adapted else ""
+        if rows:
+            found[rows] = tensor.shape[0] // group_size(spec, rows)
+    return found[HEADS], found[CHANNELS]
 
 
 def groups_of(spec: ModelSpec, tensor: TensorSpec) -> tuple[str, str]:
@@ -162,6 +170,8 @@ def cut_rows(spec: ModelSpec, kept: Kept, tensor: TensorSpec) -> tuple[Array | N
     Args:
         spec, tensor: the whole model and one of its tensors.
     """
+    import numpy as np
+
     found: list[Array | None] = []
     for group in groups_of(spec, tensor):
         if not group:
@@ -182,6 +192,8 @@ def cut(array: Array, rows: Array | None, columns: Array | None) -> Array:
 
 def expanded(array: Array, shape: tuple[int, ...], rows: Array | None, columns: Array | None) -> Array:
     """The tensor of the given shape of which `array` is the cut, with zeros for what is gone."""
+    import numpy as np
+
     whole = np.zeros(shape, array.dtype)
     rows = np.arange(shape[0]) if rows is None else rows
     if columns is None:
@@ -218,5 +230,13 @@ def _count(mask: bytes) -> int:
     return int.from_bytes(mask, "big").bit_count()
 
 
+def _ones(count: int) -> bytes:
+    """A mask with all of its bits set."""
+    length = -(-count // 8)
+    return ((1 << count) - 1 << (8 * length - count)).to_bytes(length, "big")
+
+
 def _bits(mask: bytes, count: int) -> Array:
+    import numpy as np
+
     return np.unpackbits(np.frombuffer(mask, np.uint8), count=count).astype(bool)

@@ -24,6 +24,7 @@ from edge_runtime.records import (
     Bytes,
     CostRow,
     Count,
+    KeptGroups,
     Name,
     Plan,
     Range,
@@ -131,6 +132,7 @@ class Offer:
     peak_bytes: Bytes
     first_loss: Annotated[float, Range(-1e6, 1e6)]
     last_loss: Annotated[float, Range(-1e6, 1e6)]
+    kept: KeptGroups = b""  # of a pruned model, at the end; empty: nothing was pruned
 
 
 @dataclass(frozen=True)

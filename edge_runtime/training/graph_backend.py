@@ -142,6 +142,10 @@ class GraphBackend:
             return self._masks.matrices[name].changes(self._trained[name])
         return self._weights[name].differences(self._trained[name])
 
+    def values(self) -> dict[str, Array]:
+        """What is trained, by name."""
+        return dict(self._trained)
+
     def arrays(self) -> Iterator[Array]:
         """Everything that steps change, in a fixed order."""
         for name, array in self._trained.items():

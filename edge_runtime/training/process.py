@@ -41,13 +41,14 @@ HEAP = {
 
 
 def model_job(
-    job: str, spec: ModelSpec, weights: Mapping[str, MappedTensor], adapters: Mapping[str, MappedTensor] | None = None, adapter_scale: float = 0.0,
+    job: str, spec: ModelSpec, weights: Mapping[str, MappedTensor], adapters: Mapping[str, MappedTensor] | None = None, adapter_scale: float = 0.0, kept: bytes = b"",
 ) -> dict[str, Any]:  # fmt: skip
     """The fields of a worker's job that describe a model.
 
     Args:
         adapters: A and B that training begins from; what they add to blocks that are not trained is merged in the worker.
         adapter_scale: what B A is multiplied by there.
+        kept: of a pruned model, which is to be evaluated.
     """
 
     def places(tensors: Mapping[str, MappedTensor]) -> dict[str, Any]:
@@ -62,6 +63,7 @@ def model_job(
         "weights": places({t.name: weights[t.name] for t in spec.tensors}),
         "adapters": places(adapters or {}),
         "adapter_scale": adapter_scale,
+        "kept": kept.hex(),
     }
 
 

@@ -115,6 +115,9 @@ class TorchBackend:
             return self._masked[name].changes(self._masked_values(name))
         return self._base[name].differences(self._trained[name].detach().numpy())
 
+    def values(self) -> dict[str, Array]:
+        return {name: parameter.detach().numpy() for name, parameter in self._trained.items()}
+
     def arrays(self) -> Iterator[Array]:
         for name, parameter in self._trained.items():
             yield parameter.detach().numpy()

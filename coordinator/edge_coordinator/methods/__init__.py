@@ -8,7 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from edge_coordinator.methods import baselines, caff, flexlora, flora, hetlora, legend, lora, slora
+from edge_coordinator.methods import (
+    baselines,
+    caff,
+    fedspine,
+    flexlora,
+    flora,
+    hetlora,
+    legend,
+    lora,
+    prune_baselines,
+    slora,
+)
 from edge_coordinator.methods.method import Choice, Cohort, Configure, Method, Options, State, by_table
 from edge_runtime.codecs import CODECS
 from edge_runtime.records import CostRow, TrainSettings
@@ -43,6 +54,9 @@ METHODS: dict[str, Method] = {
     "flora": flora.METHOD,
     "legend": legend.METHOD,
     "slora": slora.METHOD,
+    "fedspine": fedspine.METHOD,
+    "prune-magnitude": prune_baselines.MAGNITUDE,
+    "prune-oneshot": prune_baselines.ONESHOT,
 }
 SUMMARIES: dict[str, str] = {name: method.summary for name, method in METHODS.items()}
 

@@ -27,10 +27,11 @@ from edge_runtime.codecs import CODECS, update_bytes
 from edge_runtime.cost import Calibration, DataShape
 from edge_runtime.engine import Engine
 from edge_runtime.errors import DoesNotFit, UsageError
-from edge_runtime.layout import A, layout
+from edge_runtime.layout import A
 from edge_runtime.manifest import Manifest, StoredTensor
 from edge_runtime.model import ModelSpec
 from edge_runtime.planner import choose, cost_table, offered_ranks
+from edge_runtime.prune_plan import planned, time_share
 from edge_runtime.records import Budget, CostRow, TrainSettings
 from edge_runtime.store import BlobStore
 from edge_runtime.topics import Topics
@@ -251,7 +252,8 @@ class VirtualFleet:
 
     def _granted(self, device: VirtualDevice, grant: Grant) -> None:
         row, chosen = self.rows[device.name], grant.plan.chosen
-        train_s = chosen.total_s(grant.plan.settings.epochs)
+        assert self._manifest, "a plan is for the model that is served"
+        train_s = chosen.total_s(grant.plan.settings.epochs) * time_share(self._manifest.spec, grant.plan)
         upload_s = planned_bytes(self._manifest, grant) / device.uplink_bytes_per_s
         row |= {"status": "planned", "depth": chosen.depth, "rank": chosen.rank, "checkpointing": chosen.checkpointing, "micro_batch": chosen.micro_batch,
                 "peak_bytes": chosen.peak_bytes, "train_s": round(train_s, 6), "upload_s": round(upload_s, 6)}  # fmt: skip
@@ -308,6 +310,7 @@ class VirtualFleet:
         os.link(trained.update, draft)  # the pool keeps its own until the round is in the results
         blob = self._updates.adopt(draft)
         row |= {"bytes_up": num_bytes, "finished_s": round(self.clock.now_s, 6), "first_loss": report.first_loss, "last_loss": report.last_loss}  # fmt: skip
+        row |= {"sparsity": round(report.sparsity, 5)} if grant.plan.pruning else {}
         offer = Offer(
             run=grant.run,
             round=grant.round,
@@ -320,6 +323,7 @@ class VirtualFleet:
             peak_bytes=row["peak_bytes"],
             first_loss=report.first_loss,
             last_loss=report.last_loss,
+            kept=bytes.fromhex(report.kept),
         )
         self._send(device, "offer", offer)
 
@@ -355,7 +359,7 @@ class VirtualFleet:
 def planned_bytes(manifest: Manifest | None, grant: Grant) -> int:
     """The bytes of the update that a plan is for: of its own ranks, which may be below those of its row."""
     assert manifest, "a plan is for the model that is served"
-    return update_bytes(layout(manifest.spec, grant.plan), grant.plan.chosen.codec)
+    return update_bytes(planned(manifest.spec, grant.plan), grant.plan.chosen.codec)
 
 
 def _work(grant: Grant, device: VirtualDevice) -> str:
