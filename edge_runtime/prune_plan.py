@@ -91,7 +91,10 @@ def sent(spec: ModelSpec, plan: Plan, kept: bytes = b"") -> tuple[TensorSpec, ..
 
 
 def planned(spec: ModelSpec, plan: Plan) -> tuple[TensorSpec, ...]:
-    """As `sent`, before it is known what will be kept: of just so many values, since the sparsity says how many groups are."""
+    """As `sent`, before it is known what will be kept: of just so many values, since the sparsity says how many groups are.
+
+    In a codec with scales the bytes may differ by some, as the groups lie among the blocks.
+    """
     if plan.pruning is None:
         return layout(spec, plan)
     from edge_runtime.importance import any_kept

@@ -205,7 +205,7 @@ def test_prunings_leave_steps_to_recover() -> None:
     assert stages(plan(80), 0.5) == {}
 
 
-def test_the_bytes_of_an_update_are_known_before_what_is_kept_is() -> None:
+def test_the_values_of_an_update_are_counted_before_it_is_known_what_is_kept() -> None:
     wanted = plan(to=0.4)
     before = sum(t.num_bytes for t in planned(SPEC, wanted))
     for seed in range(5):

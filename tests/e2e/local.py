@@ -21,7 +21,7 @@ from edge_runtime.codecs import PACKED
 from edge_runtime.encoding import write_update
 from edge_runtime.importance import any_kept
 from edge_runtime.model import ModelSpec
-from edge_runtime.prune_plan import kept_of, planned
+from edge_runtime.prune_plan import kept_of, planned, sent
 from edge_runtime.pruning import Kept
 from edge_runtime.records import Budget, CostRow, Plan
 from edge_runtime.store import BlobStore
@@ -165,7 +165,7 @@ class FakeDevice:
         data = self.update(size) if self.update else constant_update(size, 0.01)
         codec = grant.plan.chosen.codec
         if codec != "f32":
-            data, codec = encoded(spec, grant.plan, data), codec + PACKED * self.packed
+            data, codec = encoded(spec, grant.plan, data, kept), codec + PACKED * self.packed
             data = zlib.compress(data) if self.packed else data
         blob = self.store.put(data)
         offer = Offer(
@@ -190,9 +190,9 @@ def constant_update(size: int, value: float) -> bytes:
     return np.full(size // 4, value, "<f4").tobytes()
 
 
-def encoded(spec: ModelSpec, plan: Plan, data: bytes) -> bytes:
+def encoded(spec: ModelSpec, plan: Plan, data: bytes, kept: bytes = b"") -> bytes:
     """A float32 update in its plan's codec."""
-    sizes = {t.name: t.size for t in planned(spec, plan)}
+    sizes = {t.name: t.size for t in sent(spec, plan, kept)}
     values, pieces = np.frombuffer(data, "<f4"), []
     for name, size in sizes.items():
         pieces.append((name, values[:size]))
