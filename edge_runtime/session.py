@@ -25,7 +25,7 @@ from edge_runtime.prune_plan import planned, time_share
 from edge_runtime.records import Budget, CostRow, DeviceProfile, Plan, TrainSettings
 from edge_runtime.source import Checkpoint, Source
 from edge_runtime.store import BlobStore
-from edge_runtime.training.process import model_job
+from edge_runtime.training.process import model_job, plan_job
 from edge_runtime.wire import to_plain
 
 
@@ -93,7 +93,7 @@ class Session:
         made = self._prepare(manifest, store, plan.settings)
         rows = smaller_rows(manifest.spec, made.data, made.calibration, plan)
         return {
-            "plan": to_plain(plan),
+            **plan_job(plan),
             "smaller": to_plain(rows) if self._memory == "auto" and not plan.pruning else [],
             **model_job(
                 "train", manifest.spec, manifest.mapped(store), manifest.mapped_adapters(store), manifest.adapter_scale

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +26,9 @@ from edge_runtime import errors
 from edge_runtime.errors import EdgeError, TrainingFailed
 from edge_runtime.hardware import memory_cgroups, process_memory
 from edge_runtime.model import ModelSpec
+from edge_runtime.records import Plan
 from edge_runtime.weights import MappedTensor
+from edge_runtime.wire import pack, to_plain
 
 POLL_S = 0.05
 CGROUP = "edge-train"
@@ -65,6 +68,12 @@ def model_job(
         "adapter_scale": adapter_scale,
         "kept": kept.hex(),
     }
+
+
+def plan_job(plan: Plan) -> dict[str, Any]:
+    """The fields of a worker's job that say what to train. What pruning begins with is bytes, which JSON has not."""
+    pruning = {"pruning": pack(plan.pruning).hex()} if plan.pruning else {}
+    return {"plan": to_plain(replace(plan, pruning=None)), **pruning}
 
 
 class Worker:

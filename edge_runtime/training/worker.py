@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,12 @@ from edge_runtime.errors import EdgeError, ModelError, StoreError, UsageError
 from edge_runtime.hardware import process_memory
 from edge_runtime.layout import layout
 from edge_runtime.model import ModelSpec, load_family
-from edge_runtime.records import CostRow, Plan, TrainReport
+from edge_runtime.records import CostRow, Plan, Pruning, TrainReport
 from edge_runtime.split import train_test
 from edge_runtime.store import atomic_writer
 from edge_runtime.training.corpus import Corpus, build_corpus
 from edge_runtime.weights import MappedTensor
-from edge_runtime.wire import from_plain, to_plain
+from edge_runtime.wire import from_plain, to_plain, unpack_as
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,6 +64,14 @@ def weights_of(job: Job, what: str = "weights") -> dict[str, MappedTensor]:
         name: MappedTensor(path, offset, tuple(shape), dtype)
         for name, (path, offset, shape, dtype) in job.get(what, {}).items()
     }
+
+
+def plan_of(job: Job) -> Plan:
+    """What a job is to train."""
+    plan: Plan = from_plain(Plan, job["plan"], "plan")
+    if "pruning" in job:
+        plan = replace(plan, pruning=unpack_as(Pruning, bytes.fromhex(job["pruning"])))
+    return plan
 
 
 def corpus(job: Job) -> dict[str, Any]:
@@ -185,8 +193,7 @@ def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
     from edge_runtime.training.backoff import Pressure, begin_again, on_disk
     from edge_runtime.training.loop import Progress, accuracy, run
 
-    spec = spec_of(job)
-    plan: Plan = from_plain(Plan, job["plan"], "plan")
+    spec, plan = spec_of(job), plan_of(job)
     pruned = pruned_training(job, spec, plan) if plan.pruning else None
     trained = pruned or Unpruned(backend_of(job, spec, plan))
     data = Corpus(Path(job["corpus"]))

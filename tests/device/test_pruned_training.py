@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from edge_models import bert
 from edge_runtime import prune_plan
 from edge_runtime.errors import WireError
+from edge_runtime.graphs.find import read_graphs
 from edge_runtime.importance import Scores, any_kept, choose, sums
 from edge_runtime.layout import A, B, adapter_tensors
 from edge_runtime.model import EMBED, ModelSpec
@@ -21,12 +23,14 @@ from edge_runtime.prune_plan import numbers_kept, offer_misfit, planned, prune_s
 from edge_runtime.pruning import CHANNELS, HEADS, Kept, cut, cut_rows, expanded, group_size, groups_of, kept_groups
 from edge_runtime.records import CostRow, Plan, Pruning, TrainSettings
 from edge_runtime.training.corpus import Batch
+from edge_runtime.training.graph_backend import GraphBackend
 from edge_runtime.training.pruned import PrunedTraining
 from edge_runtime.training.torch_backend import TorchBackend
 from edge_runtime.weights import MappedTensor
 from tests.networks import bert_spec, write_random, write_weights
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Weights = Mapping[str, MappedTensor]
 SPEC = bert_spec(24, 4, 20, blocks=2)
 RANK = 4
 FULL = Kept.full(SPEC)
@@ -121,6 +125,32 @@ def test_a_pruned_model_trains_on_as_the_whole_one_whose_groups_are_zero(
         assert moved[tensor.name].any() or tensor.name.endswith("bias")
     training.close()
     assert not list(tmp_path.iterdir()), "no file of the stages is left"
+
+
+def test_both_backends_prune_and_train_alike(tmp_path: Path) -> None:
+    spec = bert_spec(128, 2, 512, blocks=2)  # one of those that graphs are bundled for
+    weights = write_weights(spec, tmp_path / "weights.f32")
+    tensors = adapter_tensors(spec, dict.fromkeys(range(2), RANK), ())
+    start = write_random(tmp_path / "start.f32", {t.name: t.shape for t in tensors}, 5)
+    wanted, graphs = plan(optimizer="adamw", adapter_learning_rate=0.001), bert.bundled_graphs(spec)
+    assert graphs
+
+    def torch_backend(of: ModelSpec, given: Weights, begun: Weights) -> TorchBackend:
+        return TorchBackend(of, given, wanted, 1, begun)
+
+    def graph_backend(of: ModelSpec, given: Weights, begun: Weights) -> GraphBackend:
+        return GraphBackend(of, given, wanted, read_graphs(graphs), 1, tmp_path, begun)
+
+    found = []
+    for make in (torch_backend, graph_backend):
+        training = PrunedTraining(spec, weights, start, wanted, make, tmp_path / "update")
+        for step in range(1, 5):
+            training.backend.step(batch(step))
+            training.prune(step)
+        found.append((training.kept, {name: np.array(piece) for name, piece in training.deltas()}))
+    assert found[0][0] == found[1][0] and found[0][0].sparsity(spec) == pytest.approx(0.5)
+    for name, moved in found[0][1].items():
+        assert np.abs(moved - found[1][1][name]).max() < 1e-4 + 0.01 * np.abs(moved).max(), name
 
 
 def test_an_eight_bit_optimizer_goes_on_anew_and_a_single_step_prunes_too(

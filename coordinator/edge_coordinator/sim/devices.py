@@ -36,10 +36,10 @@ from edge_runtime.records import Budget, CostRow, TrainSettings
 from edge_runtime.store import BlobStore
 from edge_runtime.topics import Topics
 from edge_runtime.training.corpus import Corpus
-from edge_runtime.training.process import model_job
+from edge_runtime.training.process import model_job, plan_job
 from edge_runtime.transport import LocalBroker, LocalTransport, Message
 from edge_runtime.version import software
-from edge_runtime.wire import Ack, Grant, Join, Offer, Round, Status, decode, encode, to_plain
+from edge_runtime.wire import Ack, Grant, Join, Offer, Round, Status, decode, encode
 
 USER = "devices"
 MAX_DRAWS = 10_000  # of who is online, while a round waits for somebody to join
@@ -276,7 +276,7 @@ class VirtualFleet:
             feedback["residual"] = self._residuals.job(device.name, draft, grant, manifest)
         return {
             **feedback,
-            "plan": to_plain(grant.plan),
+            **plan_job(grant.plan),
             "smaller": [],
             **model_job(
                 "train",
