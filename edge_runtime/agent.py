@@ -27,6 +27,7 @@ from edge_runtime.layout import layout, misfit, scale
 from edge_runtime.manifest import Manifest
 from edge_runtime.outbox import Outbox
 from edge_runtime.planner import choose, mib, over_budget, shrink
+from edge_runtime.prune_plan import misfit as pruning_misfit
 from edge_runtime.records import CostRow, Plan, TrainReport
 from edge_runtime.residual import feedback_job
 from edge_runtime.session import Session
@@ -287,6 +288,7 @@ class Agent:
         if (
             reason := _impossible(grant.plan, could.rows)
             or misfit(could.spec, grant.plan)
+            or pruning_misfit(could.spec, grant.plan)
             or _strange(grant.plan, manifest)
         ):
             self._decline(grant, reason)
@@ -353,7 +355,8 @@ class Agent:
                 return
             if self.keeper.manifest and not report.backed_off:
                 self.session.trained(self.keeper.manifest.spec, training.plan, report.peak_bytes)
-            self.emit({"event": "trained", "round": training.grant.round, **dataclasses.asdict(report)})
+            told = {name: value for name, value in dataclasses.asdict(report).items() if name != "kept"}
+            self.emit({"event": "trained", "round": training.grant.round, **told})
             self._say("sending", force=True)
         elif line and "smaller" in line:
             row = {key: line["smaller"][key] for key in ("checkpointing", "micro_batch", "peak_bytes")}

@@ -29,7 +29,7 @@ LEAST_LIMIT = 1 << 20
 MOST_ROOM = 4 << 30  # budgets above this are one to the probe
 LEAST_CORRECTION, MOST_CORRECTION = 1.05, 4.0  # of the promised peak, after a kill
 RELAXED = 0.9  # what one training without a kill leaves of a correction at least
-LAW_VERSION = 11  # one more when the probe or the law changes, so that older measurements are not used
+LAW_VERSION = 12  # one more when the probe or the law changes, so that older measurements are not used
 
 
 def calibrate(

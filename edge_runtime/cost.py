@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Annotated
 
 from edge_runtime.codecs import update_bytes
+from edge_runtime.graphs.bundle import part_tensors, unpruned
 from edge_runtime.layout import adapted, place_bytes, sent
 from edge_runtime.model import EMBED, ModelSpec, TensorSpec
 from edge_runtime.records import Bytes, CostRow, Range, Seconds, TrainSettings
@@ -82,7 +83,7 @@ class Calibration:
     """What the probe measured for one model on one machine with one backend and thread count.
 
     Seconds are a line over the tokens of a micro-batch: fixed + per_token * tokens. A frozen block forward takes `forward_step_s`
-    more, once for all micro-batches of a step: its weights come from the file again.
+    more, once for all micro-batches of a step: its weights come from the file again. A block's are of one that is not pruned.
     """
 
     backend: Annotated[str, Range(1, 32)]
@@ -186,6 +187,33 @@ def _with_mask(what: Trained, spec: ModelSpec, settings: TrainSettings, head: in
     return replace(what, masked=masked, dense=dense, made=made, largest_dense=largest, place_bytes=places)
 
 
+@dataclass(frozen=True)
+class Share:
+    """A pruned block as shares of the block with all of its heads and channels; 1 where nothing of it is gone.
+
+    Attributes:
+        activations: of their bytes, by the widths of the matrices.
+        work: of the operations, by the parameters of the matrices.
+    """
+
+    activations: float
+    work: float
+
+
+def block_shares(spec: ModelSpec) -> list[Share]:
+    """Each block's shares."""
+    sizes = {n for t in spec.tensors if 0 <= t.part < spec.num_blocks and t.is_adapted for n in t.shape}
+    usual = sizes <= {spec.hidden, spec.feed_forward}  # then the family need not be asked
+    whole = spec if usual else unpruned(spec)
+    if whole is spec:
+        return [Share(1.0, 1.0)] * spec.num_blocks
+    sums = []
+    for of in (spec, whole):
+        matrices = [[t for t in part_tensors(of, part) if t.is_adapted] for part in range(of.num_blocks)]
+        sums.append([(sum(sum(t.shape) for t in block), sum(t.size for t in block)) for block in matrices])
+    return [Share(widths / all_widths, size / all_) for (widths, size), (all_widths, all_) in zip(*sums, strict=True)]
+
+
 def static_bytes(spec: ModelSpec, what: Trained, optimizer: str) -> int:
     """Weights and optimizer state, without gradients; frozen weights count as mapped pages, all of them touched, but for tables.
 
@@ -238,10 +266,15 @@ def graph_peak_bytes(
     head = held + between(c.head_peaks, tokens)
     if depth == 0:
         return int(head)
-    kept = 1 if checkpointing else depth
-    return int(
-        max(head, held + between(c.block_peaks, tokens) + (kept - c.probed_depth) * c.saved_per_token_bytes * tokens)
-    )
+    shares = [share.activations for share in block_shares(spec)]
+    trained, probed = shares[-depth:], shares[spec.num_blocks - c.probed_depth :]
+    kept = (max(trained) if checkpointing else sum(trained)) - sum(
+        probed
+    )  # of what a block keeps, that the probe did not
+    block = between(c.block_peaks, tokens)
+    if probed and max(trained) > max(probed):
+        block += (max(trained) / max(probed) - 1) * max(0.0, block - between(c.head_peaks, tokens))
+    return int(max(head, held + block + kept / shares[-1] * c.saved_per_token_bytes * tokens))
 
 
 def between(points: Sequence[Point], tokens: int) -> float:
@@ -267,15 +300,20 @@ def dynamic_bytes(
     """
     unit = 4 * tokens * spec.hidden
     wide = spec.feed_forward / spec.hidden
-    prefix = LAW.prefix * (2 + wide) * unit
-    saved = saved_per_token * tokens if what.rank and saved_per_token else (LAW.per_block + LAW.per_inner * wide) * unit
+    shares = [share.activations for share in block_shares(spec)]
+    prefix = LAW.prefix * (2 + wide) * unit * max(shares)
+    saved = (LAW.per_block + LAW.per_inner * wide) * unit
+    if what.rank and saved_per_token:
+        saved = saved_per_token * tokens / shares[-1]  # the last block's were measured
     working = (LAW.working + (LAW.adapted * wide if what.rank else 0)) * unit
     gradients, depth = what.num_bytes + 4 * what.largest_dense, what.depth  # of masked matrices one at a time is dense
     if depth == 0:
         at_start, at_end = prefix, float(gradients)
     else:
-        at_start = (depth * unit + saved if checkpointing else depth * saved) + working
-        at_end = gradients + saved + working
+        trained = shares[-depth:]
+        largest, working = max(trained) * saved, max(trained) * working
+        at_start = (depth * unit + largest if checkpointing else sum(trained) * saved) + working
+        at_end = gradients + largest + working
     peak = max(at_start + gradients, prefix + gradients) if pieces > 1 else max(at_start, at_end, prefix)
     return int(max(peak, gradients + 2 * 4 * what.largest))  # the optimizer's temporaries
 
@@ -326,9 +364,10 @@ def cost(
 
     forward = c.forward_step_s + seconds(c.forward_fixed_s, c.forward_per_token_s)
     train = seconds(c.train_fixed_s, c.train_per_token_s)
-    again = depth if c.backend != GRAPH_BACKEND else max(0, depth - 1)  # blocks that checkpointing runs twice
-    prefix = (spec.num_blocks - depth) * forward
-    step = depth * train + (again * forward if checkpointing else 0)
+    work, cut = [share.work for share in block_shares(spec)], spec.num_blocks - depth
+    again = work[cut:] if c.backend != GRAPH_BACKEND else work[cut:-1]  # blocks that checkpointing runs twice
+    prefix = sum(work[:cut]) * forward
+    step = sum(work[cut:]) * train + (sum(again) * forward if checkpointing else 0)
     step += seconds(c.rest_fixed_s, c.rest_per_token_s)
     step += what.total * c.update_per_parameter_s + masking_s(what, c, settings.mask_every, pieces, checkpointing)
     steps = data.num_examples / batch

@@ -14,7 +14,7 @@ from typing import Annotated
 from edge_runtime.errors import ModelError, WireError
 from edge_runtime.layout import A, B
 from edge_runtime.model import EMBED, ModelSpec, TensorSpec, load_family
-from edge_runtime.records import Count, Name, Range, Sha256
+from edge_runtime.records import Count, KeptGroups, Name, Range, Sha256
 from edge_runtime.store import BlobStore
 from edge_runtime.weights import MappedTensor
 from edge_runtime.wire import MAX_MANIFEST_BYTES, pack, unpack_as
@@ -64,6 +64,7 @@ class Manifest:
     graphs_bytes: Annotated[int, Range(0, MAX_GRAPHS_BYTES)] = 0
     adapters: Annotated[tuple[StoredTensor, ...], Range(0, 8192)] = ()  # A and B of LoRA, for what devices train next
     adapter_scale: Annotated[float, Range(0, 1e6)] = 0.0  # the model's weights are those above + adapter_scale * B A
+    kept: KeptGroups = b""  # of a pruned model, whose whole tensors are above; empty: all
 
     @property
     def spec(self) -> ModelSpec:

@@ -22,7 +22,7 @@ from edge_runtime.graphs.bundle import (
     FORWARD,
     HEAD_FORWARD,
     GraphSet,
-    block_kinds,
+    block_graphs,
     part_tensors,
     relative_names,
 )
@@ -71,13 +71,13 @@ class MappedNetwork:
         self._embed: Step = self._graphs[EMBED_GRAPH], {t.name: arrays[t.name] for t in part_tensors(spec, EMBED)}
         self._blocks: list[Step] = [
             (
-                self._graphs[f"block{kind}{FORWARD}"],
+                self._graphs[name + FORWARD],
                 {
                     relative: arrays[name]
                     for relative, name in zip(relative_names(spec, part), names[part], strict=True)
                 },
             )
-            for part, kind in enumerate(block_kinds(spec))
+            for part, name in enumerate(block_graphs(spec))
         ]
         self._head: Step = self._graphs[HEAD_FORWARD], {t.name: arrays[t.name] for t in spec.suffix(0)}
 

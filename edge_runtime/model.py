@@ -91,7 +91,9 @@ class Family(Protocol):
     """What a model family's module offers. `describe` and `open_folder` work without torch.
 
     It may also have LAYER_NAMES, short names of a block's linear layers, such as {"q": "attention.self.query"}, and
-    `public_name(name)`, the spec's name of a tensor that other tools call differently.
+    `public_name(name)`, the spec's name of a tensor that other tools call differently. What can be pruned it tells with
+    HEAD_LAYERS and CHANNEL_LAYERS, (layers of whose rows, layers of whose columns) a head (hidden / heads of them) or a
+    channel is made, and `with_widths(config, heads, channels)`, the config of a model with so many in each block.
     """
 
     def describe(self, config: Mapping[str, ConfigValue], labels: Sequence[str], max_length: int) -> ModelSpec:

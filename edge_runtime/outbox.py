@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 from edge_runtime.errors import EdgeError, StoreError, WireError
-from edge_runtime.records import Bytes, Count, Name, Range, Seconds, TrainReport
+from edge_runtime.records import MAX_KEPT_BYTES, Bytes, Count, Name, Range, Seconds, TrainReport
 from edge_runtime.residual import Residual
 from edge_runtime.store import BlobStore, disk_errors, read_json, write_json
 from edge_runtime.transfer import Sender
@@ -38,6 +38,7 @@ class Pending:
     first_loss: float
     last_loss: float
     codec: Name = "f32"
+    kept: Annotated[str, Range(0, 2 * MAX_KEPT_BYTES)] = ""
 
     def offer(self) -> Offer:
         """The message that offers it."""
@@ -53,6 +54,7 @@ class Pending:
             peak_bytes=self.peak_bytes,
             first_loss=self.first_loss,
             last_loss=self.last_loss,
+            kept=bytes.fromhex(self.kept),
         )
 
 
@@ -100,6 +102,7 @@ class Outbox:
                 report.first_loss,
                 report.last_loss,
                 report.codec,
+                report.kept,
             )
             from_plain(Offer, to_plain(pending.offer()), "offer")  # one that nobody can read is never answered
             write_json(self._file, dataclasses.asdict(pending))

@@ -25,6 +25,8 @@ Sha256 = Annotated[bytes, Range(32, 32)]
 Name = Annotated[str, Range(1, 64)]
 Reason = Annotated[str, Range(0, 500)]
 Ranks = Annotated[tuple[Annotated[int, Range(1, 1024)], ...], Range(0, 1000)]
+MAX_KEPT_BYTES = 12 << 10  # of what a pruned model keeps, a bit a head or channel: with it a control message has room
+KeptGroups = Annotated[bytes, Range(0, MAX_KEPT_BYTES)]  # as `pruning.Kept.encode`; empty: all
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,16 @@ class CostRow:
 
 
 @dataclass(frozen=True)
+class Pruning:
+    """How a device prunes while it trains adapters (`prune_plan.py`)."""
+
+    kept: KeptGroups  # what the device begins with
+    to: Annotated[float, Range(0, 0.99)]  # the sparsity that it ends with
+    every: Annotated[int, Range(1, 1 << 20)]  # steps between two prunings, at most
+    by: Name  # how importance is told: "lora", "magnitude" or "taylor"
+
+
+@dataclass(frozen=True)
 class Plan:
     """What one device trains, and the peak and time promised for it."""
 
@@ -121,6 +133,7 @@ class Plan:
     ranks: Ranks = ()  # of the adapters in each trained block; empty: chosen.rank
     # trained and sent: "ab", "b" (A stays as it is), "fresh" (both, of a model that has none), or "": dense deltas
     adapters: Annotated[str, Range(0, 8)] = ""
+    pruning: Pruning | None = None
 
     @property
     def block_ranks(self) -> tuple[int, ...]:
@@ -153,3 +166,5 @@ class TrainReport:
     cached: bool = False
     backed_off: int = 0  # how often it went on in smaller pieces because memory got short
     codec: Name = "f32"  # of the update as it is sent, with "+zlib" behind it where that made it smaller
+    sparsity: float = 0.0  # share of the blocks' matrices that is pruned at the end
+    kept: Annotated[str, Range(0, 2 * MAX_KEPT_BYTES)] = ""  # what of a pruned model is kept then, as hex

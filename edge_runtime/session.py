@@ -14,6 +14,7 @@ from pathlib import Path
 from edge_runtime import hardware
 from edge_runtime.budget import memory_budget
 from edge_runtime.calibration import Remembered, calibrate, remembered
+from edge_runtime.codecs import update_bytes
 from edge_runtime.cost import Calibration, DataShape, cost, trained
 from edge_runtime.engine import Engine, EngineOptions, check_options, find_engine
 from edge_runtime.kinds import kinds
@@ -21,10 +22,11 @@ from edge_runtime.local import DataOptions, prepare
 from edge_runtime.manifest import Manifest
 from edge_runtime.model import ModelSpec
 from edge_runtime.planner import MAX_ROWS, cost_table, offered_ranks, smaller_rows
+from edge_runtime.prune_plan import planned, time_share
 from edge_runtime.records import Budget, CostRow, DeviceProfile, Plan, TrainSettings
 from edge_runtime.source import Checkpoint, Source
 from edge_runtime.store import BlobStore
-from edge_runtime.training.process import model_job
+from edge_runtime.training.process import model_job, plan_job
 from edge_runtime.wire import to_plain
 
 
@@ -46,7 +48,12 @@ class CouldDo:
         asked, settings = plan.chosen, plan.settings
         what = trained(self.spec, asked.depth, settings, plan.block_ranks, plan.adapters)
         how = (asked.checkpointing, asked.micro_batch, asked.cached, asked.codec)
-        return replace(plan, chosen=cost(self.spec, self.data, settings, self.calibration, what, *how))
+        row = cost(self.spec, self.data, settings, self.calibration, what, *how)
+        if plan.pruning:
+            share, num_bytes = time_share(self.spec, plan), update_bytes(planned(self.spec, plan), asked.codec)
+            seconds = (share * row.step_s, share * row.epoch_s, share * row.later_epoch_s)
+            row = replace(row, step_s=seconds[0], epoch_s=seconds[1], later_epoch_s=seconds[2], upload_bytes=num_bytes)
+        return replace(plan, chosen=row)
 
     def rows_within(self, memory_bytes: int) -> tuple[CostRow, ...]:
         """The table for another memory budget."""
@@ -87,8 +94,8 @@ class Session:
         made = self._prepare(manifest, store, plan.settings)
         rows = smaller_rows(manifest.spec, made.data, made.calibration, plan)
         return {
-            "plan": to_plain(plan),
-            "smaller": to_plain(rows) if self._memory == "auto" else [],
+            **plan_job(plan),
+            "smaller": to_plain(rows) if self._memory == "auto" and not plan.pruning else [],
             **model_job(
                 "train", manifest.spec, manifest.mapped(store), manifest.mapped_adapters(store), manifest.adapter_scale
             ),

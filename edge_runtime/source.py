@@ -115,7 +115,7 @@ def _length(asked: int | None, config: Mapping[str, ConfigValue], own_length: in
 def open_source(checkpoint: Checkpoint, labels: Sequence[str] | None, scratch: Path) -> Source:
     """Where the checkpoint's tensors lie, with a head of zeros in `scratch` where it has none for these labels.
 
-    A fleet's adapters are merged, so that the weights are all of the model.
+    A fleet's adapters are merged, and of a pruned version it is what is left, so that the weights are all of the model.
 
     Raises:
         ModelError: the checkpoint is damaged, or has no head and no labels are given.
@@ -135,6 +135,10 @@ def open_source(checkpoint: Checkpoint, labels: Sequence[str] | None, scratch: P
         weights = _whole(checkpoint.manifest, store, scratch)
         metadata = {"model_version": str(checkpoint.manifest.version), "method": checkpoint.manifest.method}
         spec = module.describe(spec.config, labels, checkpoint.max_length)
+        if checkpoint.manifest.kept:
+            from edge_runtime.version_weights import left
+
+            spec, weights = left(spec, weights, checkpoint.manifest.kept, scratch)
         graphs = store.path(checkpoint.manifest.graphs) if checkpoint.manifest.graphs else None
     else:
         config, weights, base = _open_folder(module, checkpoint.folder)

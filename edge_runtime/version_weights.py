@@ -1,6 +1,7 @@
 """The whole weights of a fleet's model version: with what its adapters add, W + scale * B A, as files that are mapped like any.
 
-For what runs no adapters: blocks below those that a device trains, evaluation, export, prediction. Made once below a cache
+For what runs no adapters: blocks below those that a device trains, evaluation, export, prediction; the last three of what is left of
+a pruned version. Made once below a cache
 folder and found again; a few sets are kept. Not adapters of PEFT or of one device (`merging.py`, which adds up as this does).
 Imports weights and the store; numpy inside functions, a mebibyte at a time.
 """
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from edge_runtime.layout import A, B
 from edge_runtime.model import ModelSpec
 from edge_runtime.store import disk_errors, make_folder
-from edge_runtime.weights import MappedTensor
+from edge_runtime.weights import MappedTensor, read_safetensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,6 +63,36 @@ def merged(
     return {**weights, **places}
 
 
+def left(
+    spec: ModelSpec, weights: Mapping[str, MappedTensor], kept: bytes, cache: Path
+) -> tuple[ModelSpec, dict[str, MappedTensor]]:
+    """What is left of a version: the smaller model, those of its tensors that are smaller in a file below `cache`.
+
+    Args:
+        weights: of the whole model, as `merged` gives them.
+        kept: of a manifest; empty: all.
+
+    Raises:
+        WireError: that is not of this model; UsageError: it cannot be pruned; StoreError: as `merged`.
+    """
+    from edge_runtime.prune_plan import kept_of
+    from edge_runtime.pruning import pruned_spec, write_pruned
+
+    if not kept:
+        return spec, dict(weights)
+    chosen = kept_of(spec, kept)
+    made_from = [kept.hex(), [[t.name, *_place(weights[t.name], 2)] for t in spec.tensors]]
+    path = cache / FOLDER / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32] / "left.safetensors"
+    with disk_errors(path):
+        make_folder(path.parent)
+    if not path.is_file():
+        write_pruned(spec, chosen, weights, path)
+    with contextlib.suppress(OSError):
+        os.utime(path.parent)
+        _evict(path.parent)
+    return pruned_spec(spec, chosen), {**weights, **(read_safetensors(path) if path.is_file() else {})}
+
+
 def pieces(weight: MappedTensor, a: MappedTensor, b: MappedTensor, scale: float) -> Iterator[Array]:
     """A matrix with its adapter, flat little-endian float32, some rows at a time: the sum is rounded once."""
     inputs, start = a.array().astype("<f8"), 0
@@ -79,11 +110,13 @@ def _adds(b: MappedTensor) -> bool:
 def _key(
     pairs: Mapping[str, tuple[MappedTensor, MappedTensor]], weights: Mapping[str, MappedTensor], scale: float
 ) -> str:
-    def place(tensor: MappedTensor) -> list[object]:
-        return [Path(tensor.path).name, tensor.offset, tensor.shape, tensor.dtype]
-
-    made_from = [scale, [[name, place(weights[name]), *map(place, pair)] for name, pair in pairs.items()]]
+    made_from = [scale, [[name, _place(weights[name]), *map(_place, pair)] for name, pair in pairs.items()]]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+
+
+def _place(tensor: MappedTensor, names: int = 1) -> list[object]:
+    """What tells a tensor from others, by the last names of its path."""
+    return [*Path(tensor.path).parts[-names:], tensor.offset, tensor.shape, tensor.dtype]
 
 
 def _make(

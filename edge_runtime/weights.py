@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from edge_runtime.errors import ModelError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4}
 STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I64": "<i8", "I32": "<i4"}  # numpy's names
@@ -163,18 +165,27 @@ def read_safetensors(path: Path) -> dict[str, MappedTensor]:
 
 def write_safetensors(path: Path, tensors: Iterable[tuple[str, MappedTensor]]) -> None:
     """Write tensors as one float32 safetensors file, one tensor in memory at a time, replacing `path` atomically."""
+    write_arrays(path, [(name, tensor.shape, tensor.array) for name, tensor in tensors])
+
+
+def write_arrays(
+    path: Path, items: Sequence[tuple[str, tuple[int, ...], Callable[[], Array]]]
+) -> dict[str, MappedTensor]:
+    """As `write_safetensors` of arrays that are made when their turn comes: (name, shape, maker). -> where they lie."""
     from edge_runtime.store import atomic_writer
 
-    items = list(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, tensor in items:
-        end = offset + 4 * math.prod(tensor.shape)
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+    for name, shape, _ in items:
+        end = offset + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # the data begins at a multiple of 8 bytes
     with atomic_writer(path) as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
-        for _, tensor in items:
-            file.write(tensor.array().astype("<f4", copy=False).tobytes())
+        for _, _, make in items:
+            file.write(make().astype("<f4", copy=False).tobytes())
+    return {
+        name: MappedTensor(str(path), 8 + len(raw) + header[name]["data_offsets"][0], shape) for name, shape, _ in items
+    }

@@ -24,6 +24,7 @@ from edge_runtime.records import (
     Bytes,
     CostRow,
     Count,
+    KeptGroups,
     Name,
     Plan,
     Range,
@@ -132,6 +133,7 @@ class Offer:
     peak_bytes: Bytes
     first_loss: Annotated[float, Range(-1e6, 1e6)]
     last_loss: Annotated[float, Range(-1e6, 1e6)]
+    kept: KeptGroups = b""  # of a pruned model, at the end; empty: nothing was pruned
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.manifest import Manifest, StoredTensor
 from edge_runtime.model import EMBED, ModelSpec, TensorSpec
-from edge_runtime.records import Budget, CostRow, Plan, Range, TrainSettings
+from edge_runtime.records import Budget, CostRow, Plan, Pruning, Range, TrainSettings
 from edge_runtime.wire import (
     DEFAULT_INT,
     DEFAULT_TEXT,
@@ -51,8 +51,10 @@ MESSAGES: dict[str, Any] = {
     "model": Model(3, BLOB, 51_200, False),
     "round": Round("first", 4, 2, 3, "caff", SETTINGS, 60.0),
     "join": Join("first", 4, BOOT, 800, BUDGET, (HEAD_ROW, DEEP_ROW), 180 << 20, ""),
-    "grant": Grant("first", 4, NONCE, 3, Plan(DEEP_ROW, SETTINGS, 50), 3600.0),
-    "offer": Offer("first", 4, NONCE, BLOB, 3_500_000, "int8+zlib", 800, 88.25, 240 << 20, 1.5, 0.75),
+    "grant": Grant(
+        "first", 4, NONCE, 3, Plan(DEEP_ROW, SETTINGS, 50, (), "", Pruning(b"\xa8\xff", 0.5, 20, "lora")), 3600.0
+    ),
+    "offer": Offer("first", 4, NONCE, BLOB, 3_500_000, "int8+zlib", 800, 88.25, 240 << 20, 1.5, 0.75, b"\xa0\x0f"),
     "ack": Ack("first", 4, "rejected", "the update has 3 bytes, its plan 4: größer", BLOB),
     "need": Need((BlobRange(BLOB, 0, 65_536), BlobRange(OTHER, 1 << 20, 5 << 20))),
     "missing": Missing(BLOB),

@@ -18,7 +18,8 @@ from edge_runtime.encoding import read_update
 from edge_runtime.errors import StoreError, WireError
 from edge_runtime.layout import MASKED, A, B, scale
 from edge_runtime.masks import indices
-from edge_runtime.model import TensorSpec
+from edge_runtime.model import ModelSpec, TensorSpec
+from edge_runtime.prune_plan import kept_of
 from edge_runtime.records import TrainSettings
 from edge_runtime.weights import MappedTensor
 
@@ -26,6 +27,18 @@ if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, np.dtype[Any]]
+    Places = tuple[Array | None, Array | None]
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """What a device's part in a round came to."""
+
+    num_examples: int
+    kept: bytes  # of a pruned model; empty: all
+    seconds: float  # of its training, and of sending where its uplink is known
+    first_loss: float
+    last_loss: float
 
 
 class CollectedRound:
@@ -34,19 +47,21 @@ class CollectedRound:
     Attributes:
         number: of the round.
         settings: those of the round's plans, with the run's seed.
+        spec: the whole model.
+        reports: what each device's part came to, in the order of their names.
         adapted: the matrices that have an adapter, in the model's order.
     """
 
     def __init__(
-        self, number: int, settings: TrainSettings, tensors: Sequence[TensorSpec], summed: Sequence[TensorSpec], partial: Partial,
+        self, number: int, settings: TrainSettings, spec: ModelSpec, reports: Mapping[str, DeviceReport], summed: Sequence[TensorSpec], partial: Partial,
         adapters: Mapping[str, MappedTensor], updates: Sequence[RawUpdate], mixed: Sequence[TensorSpec] = (),
     ) -> None:  # fmt: skip
-        """Args: tensors: the model's; partial: sums over `summed`; adapters: the published A and B; updates: by device, in order;
-        mixed: matrices of which each device trained what its own plan says.
+        """Args: partial: sums over `summed`; adapters: the published A and B; updates: by device, in order; mixed: matrices of
+        which each device trained what its own plan says.
         """
-        self.number, self.settings = number, settings
-        self.adapted = list(mixed) or [t for t in tensors if t.name.removesuffix(".weight") + A in adapters]
-        self._sizes = {t.name: t.size for t in tensors}
+        self.number, self.settings, self.spec, self.reports = number, settings, spec, reports
+        self.adapted = list(mixed) or [t for t in spec.tensors if t.name.removesuffix(".weight") + A in adapters]
+        self._sizes = {t.name: t.size for t in spec.tensors}
         self._summed, self._partial, self._adapters, self._updates = summed, partial, adapters, updates
 
     def means(self) -> Iterator[Change]:
@@ -78,10 +93,21 @@ class CollectedRound:
         stem = matrix.name.removesuffix(".weight")
         a, b = self._adapters[stem + A], self._adapters[stem + B]
         return [
-            TrainedAdapter(u.num_examples, a, b, u.places[stem + A], u.places[stem + B])
+            TrainedAdapter(
+                u.device, u.num_examples, a, b, u.places[stem + A], u.places[stem + B], self._kept(u.device, matrix)
+            )
             for u in self._updates
             if stem + A in u.places
         ]
+
+    def _kept(self, device: str, matrix: TensorSpec) -> Places:
+        """The rows and columns of a matrix that a device has kept."""
+        kept = self.reports[device].kept
+        if not kept:
+            return None, None
+        from edge_runtime.pruning import cut_rows
+
+        return cut_rows(self.spec, kept_of(self.spec, kept), matrix)
 
 
 @dataclass(frozen=True)
@@ -124,13 +150,15 @@ class DenseChange:
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """One device's adapter of one matrix: what it began from, cut to its rank, and its deltas."""
+    """One device's adapter of one matrix: what it began from, cut to its rank and to what it has kept, and its deltas."""
 
+    device: str
     num_examples: int
     start_a: MappedTensor
     start_b: MappedTensor
     delta_a: MappedTensor
     delta_b: MappedTensor
+    places: Places = (None, None)
 
     @property
     def rank(self) -> int:
@@ -139,8 +167,11 @@ class TrainedAdapter:
 
     def load(self) -> tuple[Array, Array]:
         """-> A (rank, inputs), B (outputs, rank), float64."""
-        a = self.start_a.array()[: self.rank].astype("<f8") + self.delta_a.array()
-        b = self.start_b.array()[:, : self.rank].astype("<f8") + self.delta_b.array()
+        from edge_runtime.pruning import cut
+
+        rows, columns = self.places
+        a = cut(self.start_a.array()[: self.rank], None, columns).astype("<f8") + self.delta_a.array()
+        b = cut(self.start_b.array()[:, : self.rank], rows, None).astype("<f8") + self.delta_b.array()
         return a, b
 
 

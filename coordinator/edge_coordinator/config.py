@@ -29,6 +29,7 @@ else:
     import tomli as tomllib
 
 CONFIG_FILE = "fleet.toml"
+MAX_SPARSITY = 0.95
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,15 @@ class RunSection:
     waiting_share: float = 0.1
     sparse_rounds: int = 0  # of the method slora, as the one below
     sparse_density: float = 0.1
+    sparsity: float = 0.5  # of the methods that prune, as the one below
+    prune_rounds: int = 0
 
     @property
     def method_options(self) -> Options:
         """What the methods that have a choice are told."""
         legend = (self.rank_distribution, self.rank_budget, self.suffix_depths, self.waiting_share)
-        return Options(*legend, self.sparse_rounds, self.sparse_density, self.rounds)
+        slora = (self.sparse_rounds, self.sparse_density)
+        return Options(*legend, *slora, self.rounds, self.sparsity, self.prune_rounds)
 
     @property
     def server_settings(self) -> ServerSettings:
@@ -220,6 +224,10 @@ def _check_options(run: RunSection, path: Path) -> None:
         raise UsageError(f"{path}: [run] sparse_rounds must be 0 to rounds, {run.rounds}, it is {run.sparse_rounds}")
     if not 1e-4 <= run.sparse_density <= 1:
         raise UsageError(f"{path}: [run] sparse_density must be from 0.0001 to 1, it is {run.sparse_density}")
+    if not 0 <= run.prune_rounds <= run.rounds:
+        raise UsageError(f"{path}: [run] prune_rounds must be 0 to rounds, {run.rounds}, it is {run.prune_rounds}")
+    if not 0 < run.sparsity <= MAX_SPARSITY:
+        raise UsageError(f"{path}: [run] sparsity must be above 0 and at most {MAX_SPARSITY}, it is {run.sparsity}")
 
 
 def _check_server(run: RunSection, path: Path) -> None:
@@ -259,6 +267,11 @@ def _adapters(config: FleetConfig, path: Path) -> TrainSettings:
         raise UsageError(
             f"{path}: [train] mask_every must be 0 with the method {name}, which trains adapters; the rounds of slora without "
             "them have [run] sparse_density"
+        )
+    if method.prunes and (train.lora_targets or train.proximal_mu):
+        raise UsageError(
+            f"{path}: [train] lora_targets must be empty and proximal_mu 0 with the method {name}: importance is told by the "
+            "adapters of all matrices, and what is pruned has no start to be held near"
         )
     if method.remakes_adapters and (train.codec == AUTO or CODECS[train.codec].sparse):
         dense = ", ".join(n for n, codec in CODECS.items() if not codec.sparse)
@@ -302,6 +315,8 @@ suffix_depths = "even"        # of legend: depths that make devices end together
 waiting_share = 0.1           # of legend: how much of a round's time devices may wait on average
 sparse_rounds = 0             # of slora and slora-legend: rounds of sparse training before those with adapters; 0: a third of all
 sparse_density = 0.1          # of slora and slora-legend: the share of the entries of each matrix that they train; 1.0: all; of auto: at most 0.5
+sparsity = 0.5                # of fedspine and prune-...: the share of the blocks' matrices that is pruned in the end
+prune_rounds = 0              # of them: rounds in which devices prune; later ones recover; 0: half of all
 
 [train]                       # the same for every device
 epochs = 1                    # local epochs a round

@@ -17,6 +17,7 @@ from typing import Any
 
 from edge_runtime.errors import StoreError, UsageError
 from edge_runtime.store import disk_errors
+from edge_runtime.wire import Join, decode
 
 VERSION = 3  # 1 had no codec with a contribution, 2 no state of a method
 SCHEMA = """
@@ -63,6 +64,11 @@ class Contribution:
     folded: bool
     codec: str = "f32"  # of its blob, as it was offered
 
+    @property
+    def kept(self) -> bytes:
+        """What it has kept of a pruned model; empty: all."""
+        return bytes.fromhex(self.metrics.get("kept", ""))
+
 
 @dataclass(frozen=True)
 class Member:
@@ -74,6 +80,13 @@ class Member:
     nonce: bytes | None
     plan: bytes | None
     reason: str
+
+
+def read_join(member: Member) -> Join:
+    """What a member said when it joined."""
+    body = decode(member.join_message, "join").body
+    assert isinstance(body, Join), "only joins are kept with members"
+    return body
 
 
 @dataclass(frozen=True)

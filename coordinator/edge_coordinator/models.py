@@ -12,23 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_coordinator.aggregate import Partial, Update, apply, fold
-from edge_coordinator.collected import CollectedRound, unpack
+from edge_coordinator.collected import CollectedRound, DeviceReport, unpack
 from edge_coordinator.config import ModelSection
-from edge_coordinator.ledger import Contribution, Ledger, ModelRow
+from edge_coordinator.ledger import Contribution, Ledger, ModelRow, read_join
 from edge_coordinator.methods.method import Change, Method, Stage
 from edge_coordinator.server_optimizer import ServerOptimizer, ServerSettings
 from edge_coordinator.start_version import Primer, begin, has_adapters
+from edge_runtime import prune_plan
 from edge_runtime.errors import ModelError, StoreError, UsageError, WireError
 from edge_runtime.graphs.find import find_graphs
 from edge_runtime.kinds import FRESH
-from edge_runtime.layout import A, layout, masked_tensors, targets
+from edge_runtime.layout import A, masked_tensors, targets
 from edge_runtime.manifest import Manifest, StoredTensor, decode_manifest, encode_manifest, make_manifest
 from edge_runtime.model import TensorSpec
 from edge_runtime.peft import Adapter, fingerprint, write_adapter
 from edge_runtime.records import Plan, TrainSettings
 from edge_runtime.source import Source, find_checkpoint, open_source, save_folder
 from edge_runtime.store import BlobStore, cache_folder
-from edge_runtime.version_weights import merged
+from edge_runtime.version_weights import left, merged
 from edge_runtime.wire import unpack_as
 
 if TYPE_CHECKING:
@@ -170,12 +171,22 @@ class Models:
         if not method.keeps_updates:
             partial = self.fold(run, number, base, committed)
             assert partial is not None, "a round closes with at least one contribution"
-            return CollectedRound(number, settings, base.spec.tensors, summed, partial, adapters, ())
+            return CollectedRound(number, settings, base.spec, {}, summed, partial, adapters, ())
         updates = self._updates(run, number, base, committed)
+        reports = {device: self._report(run, number, device, committed[device]) for device in sorted(committed)}
         summed = [t for t in summed if t.name not in adapters]
         partial = fold(summed, None, updates, self._draft("close.sum"))
         raw = [unpack(update, self._draft(f"close.{i}")) for i, update in enumerate(updates)]
-        return CollectedRound(number, settings, base.spec.tensors, summed, partial, adapters, raw)
+        return CollectedRound(number, settings, base.spec, reports, summed, partial, adapters, raw)
+
+    def _report(self, run: str, number: int, device: str, item: Contribution) -> DeviceReport:
+        """What a device's part in a round came to, as the ledger has it."""
+        said, member = item.metrics, self.ledger.member(run, number, device)
+        assert member, "only members contribute"
+        uplink = read_join(member).uplink_bytes_per_s if member.join_message else 0.0
+        sending_s = said.get("num_bytes", 0) / uplink if uplink else 0.0
+        losses = said.get("first_loss", 0.0), said.get("last_loss", 0.0)
+        return DeviceReport(item.num_examples, item.kept, said.get("train_s", 0.0) + sending_s, *losses)
 
     def _collect_mixed(
         self, run: str, number: int, base: Manifest, committed: Mapping[str, Contribution], settings: TrainSettings
@@ -188,7 +199,7 @@ class Models:
         partial = fold(summed, None, updates, self._draft("close.sum"))
         raw = [replace(unpack(update, self._draft(f"close.{i}")), settings=self._plan(run, number, update.device).settings)
                for i, update in enumerate(updates)]  # fmt: skip
-        return CollectedRound(number, settings, base.spec.tensors, summed, partial, {}, raw, matrices)
+        return CollectedRound(number, settings, base.spec, {}, summed, partial, {}, raw, matrices)
 
     def _settings(self, run: str, number: int, committed: Iterable[str]) -> TrainSettings:
         """What the plans of a round have in common, all but the seed: that of any device that committed."""
@@ -204,7 +215,8 @@ class Models:
         """Updates as the plans say that they are laid out, in the order of the devices' names."""
         found = []
         for device in sorted(committed):
-            item, tensors = committed[device], layout(base.spec, self._plan(run, number, device))
+            item = committed[device]
+            tensors = prune_plan.sent(base.spec, self._plan(run, number, device), item.kept)
             found.append(Update(device, self.updates.path(item.blob), item.num_examples, tensors, item.codec))
         return found
 
@@ -219,10 +231,11 @@ class Models:
         changes: Iterable[Change],
         method: str,
         optimizer: ServerOptimizer | None = None,
+        kept: bytes = b"",
     ) -> tuple[Manifest, bytes]:
         """The model after changes, taken one at a time: changed tensors as new blobs, and the manifest; not yet in the ledger.
 
-        Args: optimizer: what the changes pass through.
+        Args: optimizer: what the changes pass through; kept: of a pruned model, empty for a whole one.
 
         Raises:
             ModelError: a tensor would not be finite.
@@ -234,7 +247,7 @@ class Models:
             return tuple(replace(t, blob=changed.get(t.name, t.blob)) for t in tensors)
 
         return self._publish(
-            replace(base, tensors=after(base.tensors), adapters=after(base.adapters)), base_blob, method
+            replace(base, tensors=after(base.tensors), adapters=after(base.adapters), kept=kept), base_blob, method
         )
 
     def with_adapters(
@@ -263,6 +276,8 @@ class Models:
         manifest = self._whole(version)
         if not manifest.adapters:
             raise UsageError(f"model {version} has no adapters: leave --adapter-out away")
+        if manifest.kept:
+            raise UsageError(f"model {version} is pruned, its adapters are no model of their own: export it with --out")
         first = self.ledger.models()[0]
         if not _same_base(manifest, self.manifest(first)):
             raise UsageError(
@@ -303,15 +318,17 @@ class Models:
         ]
 
     def export_folder(self, version: int, out: Path) -> None:
-        """Write a version as a checkpoint folder, its adapters merged into the matrices.
+        """Write a version as a checkpoint folder, its adapters merged into the matrices; of a pruned one what is left.
 
         Raises:
             UsageError: there is no such version; ModelError: its tensors are no longer kept; StoreError: they are damaged.
         """
         manifest = self._whole(version)
         weights, adapters = manifest.mapped(self.store), manifest.mapped_adapters(self.store)
-        whole = merged(manifest.spec, weights, adapters, manifest.adapter_scale, cache_folder())
-        save_folder(out, manifest.spec, whole, self.store.path(manifest.tokenizer))
+        cache = cache_folder()
+        whole = merged(manifest.spec, weights, adapters, manifest.adapter_scale, cache)
+        spec, whole = left(manifest.spec, whole, manifest.kept, cache)
+        save_folder(out, spec, whole, self.store.path(manifest.tokenizer))
 
 
 def _summed(base: Manifest, settings: TrainSettings) -> Sequence[TensorSpec]:

@@ -17,7 +17,7 @@ from typing import Any
 from edge_coordinator import rounds
 from edge_coordinator.aggregate import MAX_MEMBERS
 from edge_coordinator.config import FleetConfig
-from edge_coordinator.ledger import Contribution, Ledger, Member
+from edge_coordinator.ledger import Contribution, Ledger, Member, read_join
 from edge_coordinator.methods import METHODS, configure_train
 from edge_coordinator.methods.method import Stage
 from edge_coordinator.models import Models
@@ -29,7 +29,8 @@ from edge_runtime.kinds import of_row
 from edge_runtime.layout import targets
 from edge_runtime.manifest import Manifest
 from edge_runtime.planner import make_plan
-from edge_runtime.wire import Join, decode, pack
+from edge_runtime.prune_plan import check_prunable, kept_of
+from edge_runtime.wire import pack
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -37,7 +38,7 @@ Emit = Callable[[dict[str, Any]], None]
 class Run:
     """The rounds of the run that fleet.toml names.
 
-    Raises UsageError if fleet.toml names targets of adapters that the model does not have.
+    Raises UsageError if fleet.toml names targets of adapters that the model does not have, or prunes one that cannot be.
 
     Attributes:
         method: what plans and aggregates.
@@ -64,6 +65,8 @@ class Run:
         self._tally: Tally | None = None  # of the newest round
         self.method = METHODS[config.run.method]
         targets(self.manifest.spec, config.train.lora_targets)  # says if there are no such ones
+        if self.method.prunes:
+            check_prunable(self.manifest.spec)
         self._deadline = now  # of the newest round's phase, by the server's clock
         self.epoch = self._resume(now)
 
@@ -209,7 +212,7 @@ class Run:
             settings, adapters = of_row(stage.settings, stage.adapters, choice.row)
             settings = replace(settings, seed=_seed(train.seed, state.number, device))
             plan = make_plan(choice.row, DataShape(joins[device].num_examples, 0, 0.0), settings)
-            plan = replace(plan, ranks=choice.ranks, adapters=adapters)
+            plan = replace(plan, ranks=choice.ranks, adapters=adapters, pruning=choice.pruning)
             planned.append(replace(members[device], status="planned", nonce=os.urandom(16), plan=pack(plan)))
         after = rounds.collecting(state, self.rules, sum(m.plan is not None for m in planned), now)
         today = time.time()
@@ -236,10 +239,13 @@ class Run:
         )
         changes, remembered = self.method.aggregate(self.ledger.method_state(self.name, name), collected)
         optimizer = self.models.optimizer(self.name, self.manifest.version, self._server)
-        manifest, blob = self.models.next_version(self.manifest, self.manifest_blob, changes, name, optimizer)
+        kept = self.method.kept(remembered)
+        manifest, blob = self.models.next_version(self.manifest, self.manifest_blob, changes, name, optimizer, kept)
         examples = sum(c.num_examples for c in committed.values())
         loss = sum(c.num_examples * c.metrics["last_loss"] for c in committed.values()) / examples
         metrics = {"members": sorted(committed), "num_examples": examples, "mean_loss": round(loss, 5)}
+        if kept:
+            metrics["sparsity"] = round(kept_of(manifest.spec, kept).sparsity(manifest.spec), 5)
         with self.ledger.transaction():
             self._end_round(self.name, state.number, "closing", "published")
             self.ledger.add_model(manifest.version, blob, self.name, state.number, metrics, time.time())
@@ -266,13 +272,6 @@ class Run:
         if self.finished:
             self._emit({"event": "run-finished", "run": self.name, "model_version": self.manifest.version})
         return how
-
-
-def read_join(member: Member) -> Join:
-    """What a member said when it joined."""
-    body = decode(member.join_message, "join").body
-    assert isinstance(body, Join), "only joins are kept with members"
-    return body
 
 
 def _seed(seed: int, number: int, device: str) -> int:

@@ -15,14 +15,14 @@ from typing import Any
 from edge_coordinator import rounds
 from edge_coordinator.aggregate import Update, check_update
 from edge_coordinator.config import FleetConfig
-from edge_coordinator.ledger import Contribution, Ledger, Member
+from edge_coordinator.ledger import Contribution, Ledger, Member, read_join
 from edge_coordinator.models import FOLD_AT, Models
 from edge_coordinator.peers import MAX_BAD_HASHES, Peer, Peers
-from edge_coordinator.run import Emit, Run, read_join
+from edge_coordinator.run import Emit, Run
 from edge_runtime.codecs import misfit, update_bytes
 from edge_runtime.errors import StoreError, WireError
-from edge_runtime.layout import layout
 from edge_runtime.planner import feasible
+from edge_runtime.prune_plan import offer_misfit, sent
 from edge_runtime.records import Plan
 from edge_runtime.topics import Topics
 from edge_runtime.transport import Connected, Disconnected, Event, Message, Transport
@@ -324,7 +324,10 @@ class Server:
         if member is None or member.plan is None or member.nonce != offer.nonce:
             return "there is no plan with this lease"
         plan: Plan = unpack_as(Plan, member.plan)
-        expected = update_bytes(layout(self.run.manifest.spec, plan), plan.chosen.codec)
+        spec = self.run.manifest.spec
+        if reason := offer_misfit(spec, plan, offer.kept):
+            return reason
+        expected = update_bytes(sent(spec, plan, offer.kept), plan.chosen.codec)
         if reason := misfit(offer.codec, offer.num_bytes, plan.chosen.codec, expected):
             return reason
         joined = read_join(member).num_examples
@@ -351,7 +354,7 @@ class Server:
         member = self.ledger.member(self.run.name, offer.round, peer.device)
         assert member and member.plan is not None
         plan: Plan = unpack_as(Plan, member.plan)
-        depth, tensors = plan.chosen.depth, layout(self.run.manifest.spec, plan)
+        depth, tensors = plan.chosen.depth, sent(self.run.manifest.spec, plan, offer.kept)
         update = Update(peer.device, self.models.updates.path(offer.blob), offer.num_examples, tensors, offer.codec)
         if reason := check_update(update):
             self._reject(peer, offer, reason)
@@ -362,7 +365,9 @@ class Server:
             "first_loss": offer.first_loss,
             "last_loss": offer.last_loss,
         }
-        item = Contribution(peer.device, offer.blob, offer.num_examples, depth, metrics, False, offer.codec)
+        pruned = {"kept": offer.kept.hex()} if offer.kept else {}
+        stored = {**metrics, "num_bytes": offer.num_bytes, **pruned}
+        item = Contribution(peer.device, offer.blob, offer.num_examples, depth, stored, False, offer.codec)
         fresh = self.run.contribute(offer.round, item)
         peer.offer, peer.bad_hashes = None, 0
         self._ack(peer.device, self.run.name, offer.round, "committed", blob=offer.blob)

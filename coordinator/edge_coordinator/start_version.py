@@ -40,13 +40,14 @@ class Primer:
 
 
 def has_adapters(manifest: Manifest, stage: Stage) -> bool:
-    """Whether a version has just the adapters that a stage trains.
+    """Whether a version has just the adapters that a stage trains, and is whole where the stage does not prune.
 
     Raises:
         UsageError: a target is no linear layer of the model.
     """
     there = tuple(TensorSpec(t.name, t.shape, t.part) for t in manifest.adapters)
-    return there == tuple(_wanted(manifest, stage)) and manifest.adapter_scale == _scale(stage)
+    same = there == tuple(_wanted(manifest, stage)) and manifest.adapter_scale == _scale(stage)
+    return same and (stage.prunes or not manifest.kept)
 
 
 def begin(base: Manifest, stage: Stage, store: BlobStore, primer: Primer | None = None) -> Manifest:
@@ -70,7 +71,8 @@ def begin(base: Manifest, stage: Stage, store: BlobStore, primer: Primer | None 
         for name, values in zip((stem + A, stem + B), pair, strict=True):
             made[name] = store.put(finite(name, values).tobytes())
     adapters = tuple(StoredTensor(t.name, t.shape, t.part, made[t.name]) for t in wanted.values())
-    return replace(base, tensors=tuple(tensors), adapters=adapters, adapter_scale=_scale(stage))
+    kept = base.kept if stage.prunes else b""
+    return replace(base, tensors=tuple(tensors), adapters=adapters, adapter_scale=_scale(stage), kept=kept)
 
 
 def _wanted(manifest: Manifest, stage: Stage) -> Sequence[TensorSpec]:

@@ -14,7 +14,7 @@ Names of graphs and of their inputs and outputs are defined here, once. Imports 
     head.backward     hidden, mask, labels, scale, tensors        -> loss, d_hidden, g:tensor ...
 
 K is the number of a kind of block: blocks whose tensors have the same names and shapes share their graphs, so a set serves
-every depth. ids, mask and labels are int64 (batch, seq), (batch, seq), (batch); everything else is float32.
+every depth. Where blocks can be pruned, block<K>.any.* are the same graphs for blocks of any number of heads and channels. ids, mask and labels are int64 (batch, seq), (batch, seq), (batch); everything else is float32.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from edge_runtime.errors import ModelError, WireError
-from edge_runtime.model import ConfigValue, ModelSpec, TensorSpec
+from edge_runtime.model import ConfigValue, ModelSpec, TensorSpec, load_family
 from edge_runtime.records import Name, Range
 from edge_runtime.wire import pack, unpack_as
 
@@ -39,6 +39,7 @@ FORWARD, SAVING, BACKWARD, FIRST_BACKWARD = ".forward", ".saving", ".backward", 
 FORWARD_INT8 = ".forward_int8"
 QUANTIZED, SCALE = ":q", ":scale"
 LORA = ".lora"
+ANY = ".any"
 GRADIENT, SAVED = "g:", "s:"
 
 
@@ -95,6 +96,28 @@ def block_kinds(spec: ModelSpec) -> list[int]:
         shapes = tuple(t.shape for t in part_tensors(spec, part))
         kinds.append(seen.setdefault((tuple(relative_names(spec, part)), shapes), len(seen)))
     return kinds
+
+
+def block_graphs(spec: ModelSpec) -> list[str]:
+    """What the names of each block's graphs begin with: "block<K>", or "block<K>.any" for a block that is pruned."""
+    whole = unpruned(spec)
+    kinds = block_kinds(whole)
+    if whole == spec:
+        return [f"block{kind}" for kind in kinds]
+    same = [part_tensors(spec, part) == part_tensors(whole, part) for part in range(spec.num_blocks)]
+    return [f"block{kind}" + ("" if is_whole else ANY) for kind, is_whole in zip(kinds, same, strict=True)]
+
+
+def unpruned(spec: ModelSpec) -> ModelSpec:
+    """The model with all of its heads and channels; `spec` itself if nothing of it is pruned."""
+    family: Any = load_family(spec.family)
+    if not hasattr(family, "with_widths"):
+        return spec
+    config = family.with_widths(spec.config, [spec.heads] * spec.num_blocks, [spec.feed_forward] * spec.num_blocks)
+    if config == spec.config:
+        return spec
+    found: ModelSpec = family.describe(config, spec.labels, spec.max_length)
+    return found
 
 
 # as bytes

@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from edge_runtime.errors import ModelError
 from edge_runtime.graphs.bundle import (
+    ANY,
     BACKWARD,
     BIAS_GRAPH,
     EMBED_GRAPH,
@@ -40,6 +41,7 @@ from edge_runtime.graphs.bundle import (
     block_kinds,
     part_tensors,
     relative_names,
+    unpruned,
 )
 from edge_runtime.graphs.match import essential_config
 from edge_runtime.graphs.partition import (
@@ -47,13 +49,15 @@ from edge_runtime.graphs.partition import (
     fix_width,
     only_output,
     row_tables,
+    take_length_from,
     take_shape_from,
     trim,
     without_output,
 )
 from edge_runtime.graphs.quantize import int8_forward
 from edge_runtime.graphs.verify import verify
-from edge_runtime.model import EMBED, ModelSpec, load_family
+from edge_runtime.model import EMBED, ModelSpec, TensorSpec, load_family
+from edge_runtime.pruning import CHANNELS, HEADS, group_size, groups_of
 from edge_runtime.weights import MappedTensor
 
 OPSET = 20  # the first with Gelu; onnxruntime runs it since 1.17
@@ -78,9 +82,9 @@ def derive(spec: ModelSpec, weights: Mapping[str, MappedTensor]) -> GraphSet:
     Raises:
         ModelError: torch cannot export a part, or the graphs do not compute what the network does.
     """
-    spec, tensors = _with_labels(spec, {t.name: torch.from_numpy(weights[t.name].array()) for t in spec.tensors})
-    model: Any = load_family(spec.family).build(spec, tensors)
-    model.eval().requires_grad_(False)
+    tensors = {t.name: torch.from_numpy(weights[t.name].array()) for t in spec.tensors}
+    spec = _with_labels(unpruned(spec))
+    model = _built(spec, tensors)
     sizes = _example_sizes(spec)
     kinds = block_kinds(spec)
     graphs: dict[str, bytes] = {}
@@ -96,37 +100,48 @@ def derive(spec: ModelSpec, weights: Mapping[str, MappedTensor]) -> GraphSet:
             for kind in sorted(set(kinds)):
                 graphs |= _block_graphs(spec, model, kinds.index(kind), f"block{kind}", sizes)
             graphs |= _head_graphs(spec, model, sizes)
+            traced, checked = _pruned_examples(spec, sizes)
+            if traced:
+                graphs |= _any_graphs(traced, _built(traced, tensors), sizes)
         except ModelError:
             raise
         except Exception as error:  # torch's export errors share no type
             text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise ModelError(f"{spec.family} cannot be turned into training graphs: {text}") from error
     found = GraphSet(spec.family, essential_config(spec.family, spec.config), spec.hidden, graphs, tables)
-    firsts = {kind: kinds.index(kind) for kind in set(kinds)}
-    adapted = {k: with_lora(model.blocks[i], relative_names(spec, i), sizes.rank) for k, i in firsts.items()}
-    verify(spec, model, found, {kind: pair for kind, pair in adapted.items() if pair[1]})
+    for example in filter(None, (spec, checked)):
+        network = model if example is spec else _built(example, tensors)
+        firsts = [kinds.index(kind) for kind in sorted(set(kinds))]
+        adapted = {i: with_lora(network.blocks[i], relative_names(spec, i), sizes.rank) for i in firsts}
+        verify(example, network, found, {i: pair for i, pair in adapted.items() if pair[1]})
     return found
 
 
-def _with_labels(spec: ModelSpec, tensors: dict[str, Tensor]) -> tuple[ModelSpec, dict[str, Tensor]]:
+def _with_labels(spec: ModelSpec) -> ModelSpec:
     """The model with a number of labels that no other dimension has, so that the graphs serve any number.
 
-    The tensors that depend on it are drawn at random. If the family wants its own labels, the model stays as it is.
+    If the family wants its own labels, the model stays as it is.
     """
     taken = {n for t in spec.tensors if t.part < spec.num_blocks for n in t.shape} | {spec.hidden}
     count = next(n for n in (7, 11, 13, 23, 29) if n not in taken)
     try:
         other = load_family(spec.family).describe(spec.config, [f"label {i}" for i in range(count)], spec.max_length)
     except ModelError:
-        return spec, tensors
-    if [(t.name, len(t.shape), t.part) for t in other.tensors] != [
+        return spec
+    same = [(t.name, len(t.shape), t.part) for t in other.tensors] == [
         (t.name, len(t.shape), t.part) for t in spec.tensors
-    ]:
-        return spec, tensors
-    drawn = {t.name: torch.randn(t.shape) / math.sqrt(t.shape[-1]) for t in other.tensors if t.part == spec.num_blocks}
-    return other, {
-        t.name: given if (given := tensors[t.name]).shape == t.shape else drawn[t.name] for t in other.tensors
+    ]
+    return other if same else spec
+
+
+def _built(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Any:
+    """The network over these tensors; where they have another shape, over random ones."""
+    given = {
+        t.name: tensors[t.name] if tensors[t.name].shape == t.shape else torch.randn(t.shape) / math.sqrt(t.shape[-1])
+        for t in spec.tensors
     }
+    model: Any = load_family(spec.family).build(spec, given)
+    return model.eval().requires_grad_(False)
 
 
 def _example_sizes(spec: ModelSpec) -> Sizes:
@@ -139,6 +154,28 @@ def _example_sizes(spec: ModelSpec) -> Sizes:
         )
     batch, rank = [n for n in free if n != short[0]][:2]
     return Sizes(batch, short[0], rank)
+
+
+def _pruned_examples(spec: ModelSpec, sizes: Sizes) -> tuple[ModelSpec | None, ModelSpec | None]:
+    """The model with other widths in its blocks, to be traced and to be checked with; None where it cannot be pruned.
+
+    The traced widths are like no other size, and the checked ones other than those.
+    """
+    family: Any = load_family(spec.family)
+    if not hasattr(family, "with_widths"):
+        return None, None
+    taken = {n for t in spec.tensors for n in t.shape} | {spec.heads, len(spec.labels), *vars(sizes).values()}
+    head_size = spec.hidden // spec.heads
+    heads = next(n for n in range(3, 64) if not {n, n * head_size} & (taken | {head_size}))
+    wide = next(n for n in range(19, 128, 2) if n not in taken | {head_size, heads, heads * head_size})
+
+    def of(heads: list[int], channels: list[int]) -> ModelSpec:
+        config = family.with_widths(spec.config, heads, channels)
+        found: ModelSpec = family.describe(config, spec.labels, spec.max_length)
+        return found
+
+    blocks = range(spec.num_blocks)
+    return of([heads for _ in blocks], [wide for _ in blocks]), of([1 + i % 3 for i in blocks], [5 + i for i in blocks])
 
 
 # the parts
@@ -159,14 +196,37 @@ def _embed_graph(spec: ModelSpec, model: Any, sizes: Sizes) -> onnx.ModelProto:
     return graph
 
 
-def _block_graphs(spec: ModelSpec, model: Any, part: int, name: str, sizes: Sizes) -> dict[str, bytes]:
+def _block_graphs(
+    spec: ModelSpec, model: Any, part: int, name: str, sizes: Sizes, *, is_pruned: bool = False
+) -> dict[str, bytes]:
     relative, block = relative_names(spec, part), model.blocks[part]
     example = _BlockExample(spec, model, sizes)
-    graphs = _train_graphs(block, relative, [], example, name)
+    free = {r: _free(spec, t, is_pruned) for r, t in zip(relative, part_tensors(spec, part), strict=True)}
+    usual = dict(zip(relative, (t.shape for t in part_tensors(unpruned(spec), part)), strict=True))
+    graphs = _train_graphs(block, relative, [], example, name, free, usual)
     adapted, lora = with_lora(block, relative, sizes.rank)
     if lora:
-        graphs |= _train_graphs(adapted, relative, lora, example, f"{name}{LORA}")
+        for path in {n.rpartition(".")[0] for n in lora}:
+            of_matrix = free[f"{path}.weight"] or {}
+            free[f"{path}.lora_a"] = {0: _R} | {d: dim for d, dim in of_matrix.items() if d == 1}
+            free[f"{path}.lora_b"] = {d: dim for d, dim in of_matrix.items() if d == 0} | {1: _R}
+        graphs |= _train_graphs(adapted, relative, lora, example, f"{name}{LORA}", free, usual)
     return graphs
+
+
+def _any_graphs(spec: ModelSpec, model: Any, sizes: Sizes) -> dict[str, bytes]:
+    """The graphs of each kind of block for any number of heads and channels. Args: spec: of the widths to trace."""
+    kinds, graphs = block_kinds(unpruned(spec)), dict[str, bytes]()
+    for kind in sorted(set(kinds)):
+        graphs |= _block_graphs(spec, model, kinds.index(kind), f"block{kind}{ANY}", sizes, is_pruned=True)
+    return graphs
+
+
+def _free(spec: ModelSpec, tensor: TensorSpec, is_pruned: bool) -> dict[int, Any] | None:
+    """Which dimensions of a block's tensor vary, because it may have any number of heads and channels."""
+    groups = groups_of(spec, tensor) if is_pruned else ("", "")
+    dims = {HEADS: group_size(spec, HEADS) * _H, CHANNELS: _C}
+    return {d: dims[group] for d, group in enumerate(groups) if group} or None
 
 
 class _BlockExample:
@@ -195,8 +255,21 @@ def _ids_and_mask(batch: int, seq: int) -> tuple[Tensor, Tensor]:
     return torch.randint(0, 2, (batch, seq)), torch.ones(batch, seq, dtype=torch.int64)
 
 
-def _train_graphs(block: Any, frozen: Names, lora: Names, example: _BlockExample, name: str) -> dict[str, bytes]:
-    """Forward, forward that keeps what the backward pass needs, and backward, of one kind of block."""
+def _train_graphs(
+    block: Any,
+    frozen: Names,
+    lora: Names,
+    example: _BlockExample,
+    name: str,
+    free: Mapping[str, Any],
+    usual: Mapping[str, tuple[int, ...]],
+) -> dict[str, bytes]:
+    """Forward, forward that keeps what the backward pass needs, and backward, of one kind of block.
+
+    Args:
+        free: tensor -> which of its dimensions vary.
+        usual: tensor -> its shape in the model that is not pruned.
+    """
     hidden, bias = example.hidden, example.bias
     extra = [torch.tensor(0.5)] if lora else []  # the adapters' scale
     extra_names = ["lora_scale"] if lora else []
@@ -213,7 +286,6 @@ def _train_graphs(block: Any, frozen: Names, lora: Names, example: _BlockExample
         return (out, *torch.autograd.grad(out, [hidden, *wanted], d_out))
 
     dynamic = (_BATCH_SEQ, example.bias_dims, _BATCH_SEQ, *[None] * split)
-    free = [{0 if n.endswith("a") else 1: _R} if n in lora else None for n in names]
     both = _export(
         joint,
         (hidden, bias, torch.randn_like(hidden), *extra),
@@ -222,10 +294,13 @@ def _train_graphs(block: Any, frozen: Names, lora: Names, example: _BlockExample
         parameters,
         names,
         ["out", "d_hidden", *(GRADIENT + n for n in trained)],
-        free,
+        [free[n] for n in names],
         traced=True,
     )
-    saving, backward = cut_joint(both, "d_out", "out", "hidden")
+    for matrix in (n for n in frozen if 0 in (free[n] or {}) and len(usual[n]) == 2):
+        if (bias_of := matrix.removesuffix("weight") + "bias") in frozen:  # so that int8 needs no float32 weight
+            take_length_from(both, matrix, bias_of)
+    saving, backward = cut_joint(both, "d_out", "out", "hidden", usual)
     plain = only_output(saving, "out")
     first = without_output(backward, "d_hidden")
     named = {FORWARD: plain, SAVING: saving, BACKWARD: backward, FIRST_BACKWARD: first}
@@ -300,6 +375,8 @@ def with_lora(block: Any, relative: Names, rank: int) -> tuple[Any, list[str]]:
 _B = torch.export.Dim("batch", min=1, max=1 << 16)
 _S = torch.export.Dim("seq", min=1, max=1 << 16)
 _R = torch.export.Dim("rank", min=1, max=1 << 12)
+_H = torch.export.Dim("heads", min=1, max=1 << 10)
+_C = torch.export.Dim("channels", min=1, max=1 << 17)
 _BATCH_SEQ = {0: _B, 1: _S}
 
 

@@ -23,6 +23,7 @@ from edge_runtime.store import atomic_writer
 from edge_runtime.training.process import model_job, run_worker
 from edge_runtime.weights import MappedTensor
 
+DERIVATION = 2  # one more where `derive.py` makes other graphs of the same model: 1 had none for blocks of any width
 NEEDED = ("torch", "onnx", "onnxscript")  # for deriving
 
 
@@ -82,7 +83,7 @@ def graphs_key(spec: ModelSpec) -> str:
     with contextlib.suppress(OSError):
         source = Path(importlib.import_module(spec.family).__file__ or "").read_bytes()
     config = essential_config(spec.family, spec.config)
-    what = [FORMAT, spec.family, hashlib.sha256(source).hexdigest(), config, spec.hidden]
+    what = [FORMAT, DERIVATION, spec.family, hashlib.sha256(source).hexdigest(), config, spec.hidden]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -25,7 +25,7 @@ from edge_runtime.graphs.bundle import (
     SAVING,
     SCALE,
     GraphSet,
-    block_kinds,
+    block_graphs,
     part_tensors,
     relative_names,
 )
@@ -44,13 +44,14 @@ Tensors = Mapping[str, Value]
 
 
 def essential_config(family: str, config: Mapping[str, ConfigValue]) -> dict[str, ConfigValue]:
-    """What of a model's configuration its graphs depend on; of a free number only whether it is zero.
+    """What of a model's configuration its graphs depend on; of a free number only whether it is zero, of a free text nothing.
 
     Which keys are free a family says in `GRAPH_FREE_CONFIG`: those that change the sizes of its tensors, or the number
     of blocks, and nothing else of what it computes.
     """
     free: frozenset[str] = getattr(load_family(family), "GRAPH_FREE_CONFIG", frozenset())
-    return {key: int(bool(value)) if key in free else value for key, value in config.items()}
+    found = {key: value for key, value in config.items() if not (key in free and isinstance(value, str))}
+    return {key: int(bool(value)) if key in free else value for key, value in found.items()}
 
 
 def misfit(graphs: GraphSet, spec: ModelSpec) -> str | None:
@@ -86,13 +87,13 @@ class _Match:
         if BIAS_GRAPH in self._graphs:
             yield from self._inputs(BIAS_GRAPH, {}, {"mask"})
             yield from self._has(BIAS_GRAPH, ("bias",))
-        kinds = block_kinds(spec)
-        for kind in sorted(set(kinds)):
-            part = kinds.index(kind)
+        seen: set[object] = set()
+        for part, name in enumerate(block_graphs(spec)):
             values = _tensors(part_tensors(spec, part)).values()
-            yield from self._block(
-                f"block{kind}", dict(zip(relative_names(spec, part), values, strict=True)), spec.hidden
-            )
+            tensors = dict(zip(relative_names(spec, part), values, strict=True))
+            if (kind := (name, *tensors.items())) not in seen:
+                yield from self._block(name, tensors, spec.hidden)
+            seen.add(kind)
         head = _tensors(spec.suffix(0))
         yield from self._inputs(HEAD_FORWARD, head, HEAD_INPUTS)
         yield from self._has(HEAD_FORWARD, ("logits",))

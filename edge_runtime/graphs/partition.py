@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import onnx
 
@@ -21,11 +22,17 @@ MAX_CHAIN = 8
 
 
 def cut_joint(
-    joint: onnx.ModelProto, gradient_input: str, output: str, same_shape: str
+    joint: onnx.ModelProto,
+    gradient_input: str,
+    output: str,
+    same_shape: str,
+    usual: Mapping[str, Sequence[int]],
 ) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """-> (forward that also gives the saved values, backward from saved values and the output's gradient).
 
-    `same_shape` names an input of the gradient's shape, whose dimensions stand in for it: they are no dependence on it.
+    Args:
+        same_shape: an input of the gradient's shape, whose dimensions stand in for it: they are no dependence on it.
+        usual: sizes of inputs whose dimensions vary, for choosing what to save.
     """
     graph = joint.graph
     take_shape_from(joint, gradient_input, same_shape)
@@ -37,7 +44,7 @@ def cut_joint(
     backward_outputs = [o.name for o in graph.output if o.name in late]
     backward_nodes = [n for n in graph.node if set(n.output) & late]
     order = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
-    sizes = _Sizes(graph)
+    sizes = _Sizes(graph, usual)
     plan = _Recompute(graph, backward_nodes, late | given, given)
     saved_set, again = plan.solve(set())
     for candidate in [o for n in graph.node for o in n.output if o and o not in late]:
@@ -102,10 +109,14 @@ class _Recompute:
 class _Sizes:
     """Elements of a graph's values for a usual batch."""
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
+    def __init__(self, graph: onnx.GraphProto, usual: Mapping[str, Sequence[int]]) -> None:
         shapes = {v.name: v.type.tensor_type.shape.dim for v in [*graph.value_info, *graph.output, *graph.input]}
         self._shapes = shapes
         self._symbols = {d.dim_param: n for d, n in zip(shapes["hidden"], (4, 128), strict=False) if d.dim_param}
+        for name, sizes in usual.items():
+            for d, n in zip(shapes.get(name, ()), sizes, strict=False):
+                if multiple := _multiple(d.dim_param):
+                    self._symbols[multiple[1]] = n // multiple[0]
 
     def total(self, names: set[str]) -> int:
         """Elements of all of these."""
@@ -125,6 +136,13 @@ def take_shape_from(model: onnx.ModelProto, name: str, other: str) -> None:
     """Where only the shape of an input is wanted, take that of another input of the same shape (leading dimensions)."""
     for node in model.graph.node:
         if node.op_type == "Shape" and node.input[0] == name:
+            node.input[0] = other
+
+
+def take_length_from(model: onnx.ModelProto, name: str, other: str) -> None:
+    """Where only the first dimension of an input is wanted, take that of another input, which has the same."""
+    for node in model.graph.node:
+        if node.op_type == "Shape" and node.input[0] == name and {a.name: a.i for a in node.attribute}.get("end") == 1:
             node.input[0] = other
 
 
@@ -224,14 +242,18 @@ def trim(model: onnx.ModelProto) -> bytes:
         node.input[:] = [rename(n) for n in node.input]
         node.output[:] = [rename(n) for n in node.output]
     symbols: dict[str, str] = {}  # torch numbers them by what else it traced
+    parts: dict[str, tuple[int, str]] = {}  # symbols of which only a multiple is an input's dimension
     for value in graph.input:
         for d in value.type.tensor_type.shape.dim:
             if d.dim_param:
-                d.dim_param = symbols.setdefault(d.dim_param, f"d{len(symbols)}")
+                multiple, new = _multiple(d.dim_param), symbols.setdefault(d.dim_param, f"d{len(symbols)}")
+                if multiple and multiple[0] > 1:
+                    parts[multiple[1]] = multiple[0], new
+                d.dim_param = new
     for value in graph.output:
         for d in value.type.tensor_type.shape.dim:
             if d.dim_param:
-                expression = _renamed(d.dim_param, symbols)
+                expression = _renamed(d.dim_param, symbols, parts)
                 d.ClearField("dim_param")
                 if expression:
                     d.dim_param = expression
@@ -243,13 +265,35 @@ def trim(model: onnx.ModelProto) -> bytes:
     return data
 
 
-def _renamed(expression: str, symbols: dict[str, str]) -> str:
-    """A dimension such as "12*s1" under the inputs' new symbols, its factors sorted; "" where they do not tell it."""
+def _multiple(expression: str) -> tuple[int, str] | None:
+    """The number and the symbol of a dimension such as "32*s1" or "s1"; None for others."""
+    match = re.fullmatch(r"(?:(\d+)\*)?([A-Za-z_]\w*)", expression)
+    return (int(match[1] or 1), match[2]) if match else None
+
+
+def _renamed(expression: str, symbols: dict[str, str], parts: dict[str, tuple[int, str]]) -> str:
+    """A dimension such as "12*s1" under the inputs' new symbols, its factors sorted; "" where they do not tell it.
+
+    Of a symbol s of which an input has only 32*s as d2, "64*s" becomes "2*d2" and "3*s" becomes "3*d2/32".
+    """
     names = set(re.findall(r"[A-Za-z_]\w*", expression))
-    if not names <= symbols.keys():
+    if names <= symbols.keys():
+        renamed = re.sub(r"[A-Za-z_]\w*", lambda match: symbols[match[0]], expression)
+        return "*".join(sorted(renamed.split("*"))) if re.fullmatch(r"\w+(\*\w+)*", renamed) else renamed
+    if not re.fullmatch(r"\w+(\*\w+)*", expression) or not names <= symbols.keys() | parts.keys():
         return ""
-    renamed = re.sub(r"[A-Za-z_]\w*", lambda match: symbols[match[0]], expression)
-    return "*".join(sorted(renamed.split("*"))) if re.fullmatch(r"\w+(\*\w+)*", renamed) else renamed
+    number, factors = 1, []
+    for factor in expression.split("*"):
+        if factor.isdecimal():
+            number *= int(factor)
+        elif factor in symbols:
+            factors.append(symbols[factor])
+        else:
+            size, symbol = parts[factor]
+            whole = number % size == 0  # torch writes the number first
+            number = number // size if whole else number
+            factors.append(symbol if whole else f"{symbol}/{size}")
+    return "*".join(sorted([str(number)] * (number != 1) + factors))
 
 
 def operations(data: bytes) -> Counter[str]:

@@ -30,6 +30,7 @@ from edge_runtime.graphs.bundle import QUANTIZED, SCALE
 
 CONTRIB = "com.microsoft"  # onnxruntime's own operations, in every wheel
 LARGEST, ZERO_POINT = 127, 128  # a token's values become 1 to 255
+Shape = tuple[int | str, int | str]
 LEAST = 1e-8  # stands for a token's largest value where that is smaller, so that nothing is divided by 0
 CONSTANTS: dict[str, np.ndarray[Any, np.dtype[Any]]] = {
     "int8:last": np.array([-1], np.int64),
@@ -75,18 +76,18 @@ def int8_forward(forward: onnx.ModelProto) -> onnx.ModelProto:
 # which layers
 
 
-def _matrices(graph: onnx.GraphProto) -> dict[str, tuple[int, int]]:
+def _matrices(graph: onnx.GraphProto) -> dict[str, Shape]:
     """Inputs that may be a linear layer's weight -> (out, in)."""
     found = {}
     for value in graph.input:
         kind = value.type.tensor_type
-        shape = [d.dim_value for d in kind.shape.dim]  # 0 where it is not fixed
+        shape = [d.dim_value or d.dim_param for d in kind.shape.dim]  # a symbol where pruning makes it smaller
         if kind.elem_type == TensorProto.FLOAT and len(shape) == 2 and all(shape):
             found[value.name] = (shape[0], shape[1])
     return found
 
 
-def _transposed(graph: onnx.GraphProto, matrices: dict[str, tuple[int, int]]) -> dict[str, str]:
+def _transposed(graph: onnx.GraphProto, matrices: dict[str, Shape]) -> dict[str, str]:
     """Values that are a matrix's transpose -> the matrix."""
     return {
         node.output[0]: node.input[0]
@@ -95,9 +96,7 @@ def _transposed(graph: onnx.GraphProto, matrices: dict[str, tuple[int, int]]) ->
     }
 
 
-def _products(
-    graph: onnx.GraphProto, matrices: dict[str, tuple[int, int]], transposed: dict[str, str]
-) -> dict[int, str]:
+def _products(graph: onnx.GraphProto, matrices: dict[str, Shape], transposed: dict[str, str]) -> dict[int, str]:
     """Numbers of the nodes that are x W^T (+ bias) -> W, for every W that serves nothing else."""
     matrix = {**{name: name for name in matrices}, **transposed}
     found = {}
@@ -113,7 +112,7 @@ def _products(
     return {number: weight for number, weight in found.items() if weight not in spoiled}
 
 
-def _weight(node: NodeProto, matrices: dict[str, tuple[int, int]], transposed: dict[str, str]) -> str | None:
+def _weight(node: NodeProto, matrices: dict[str, Shape], transposed: dict[str, str]) -> str | None:
     """W where a node is x W^T (+ bias)."""
     if node.op_type == "MatMul":
         return transposed.get(node.input[1])
@@ -129,7 +128,7 @@ def _attributes(node: NodeProto) -> dict[str, object]:
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
-def _quantized_inputs(weight: str, shape: tuple[int, int]) -> list[ValueInfoProto]:
+def _quantized_inputs(weight: str, shape: Shape) -> list[ValueInfoProto]:
     width, inputs = shape
     return [
         helper.make_tensor_value_info(weight + QUANTIZED, TensorProto.INT8, [inputs, width]),

@@ -100,17 +100,20 @@ class Graph:
         return outputs
 
     def _shape(self, shape: tuple[int | str | None, ...], feeds: Mapping[str, Array]) -> tuple[int, ...] | None:
-        """An output's shape for these inputs; None unless its dimensions are numbers or products of the inputs' free ones."""
+        """An output's shape for these inputs; None unless its dimensions are numbers or products of the inputs' free ones.
+
+        A factor may be a share of a free one: "d2/32" heads of a matrix of d2 rows.
+        """
         free = {
             d: size
             for name, dims in self._input_shapes.items()
             for d, size in zip(dims, feeds[name].shape, strict=False)
             if isinstance(d, str)
         }
-        factors = [str(d).split("*") for d in shape]
-        if not all(f.isdecimal() or f in free for of_dimension in factors for f in of_dimension):
+        factors = [[_factor(f, free) for f in str(d).split("*")] for d in shape]
+        if any(f is None for of_dimension in factors for f in of_dimension):
             return None
-        return tuple(math.prod(int(f) if f.isdecimal() else free[f] for f in of_dimension) for of_dimension in factors)
+        return tuple(math.prod(f or 0 for f in of_dimension) for of_dimension in factors)
 
     def _check_feeds(self, feeds: Mapping[str, Array]) -> None:
         missing = [name for name in self.inputs if name not in feeds]
@@ -135,6 +138,16 @@ class Graph:
         except Exception as error:  # onnxruntime's errors share no type
             raise self._failure(error) from None
         return dict(zip(self.outputs, values, strict=True))
+
+
+def _factor(text: str, free: Mapping[str, int]) -> int | None:
+    """A number, a free dimension's size, or a whole share of one; None for anything else."""
+    name, slash, divisor = text.partition("/")
+    size = int(name) if name.isdecimal() else free.get(name)
+    if not slash or size is None:
+        return size
+    share = int(divisor) if divisor.isdecimal() else 0
+    return size // share if share and size % share == 0 else None
 
 
 @functools.cache

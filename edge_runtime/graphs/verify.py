@@ -26,7 +26,7 @@ from edge_runtime.graphs.bundle import (
     LORA,
     SAVING,
     GraphSet,
-    block_kinds,
+    block_graphs,
     part_tensors,
     relative_names,
 )
@@ -44,7 +44,7 @@ Run = dict[str, Any]
 
 
 def verify(spec: ModelSpec, model: Any, graphs: GraphSet, lora_blocks: Mapping[int, tuple[Any, Sequence[str]]]) -> None:
-    """Compare graphs with the network they were derived from. `lora_blocks`: kind -> block with adapters, their names.
+    """Compare graphs with the network they were derived from. `lora_blocks`: number of a block -> it with adapters, their names.
 
     Raises:
         ModelError: they differ, or do not match the spec.
@@ -52,7 +52,7 @@ def verify(spec: ModelSpec, model: Any, graphs: GraphSet, lora_blocks: Mapping[i
     if reason := misfit(graphs, spec):
         raise ModelError(f"the graphs derived for {spec.family} do not match its describe(): {reason}")
     opened = Graphs(graphs.graphs, 1)
-    kinds = block_kinds(spec)
+    names_of = block_graphs(spec)
     ids, mask, labels = _examples(spec, graphs)
     with torch.no_grad():
         logits = model(ids, mask)
@@ -65,19 +65,19 @@ def verify(spec: ModelSpec, model: Any, graphs: GraphSet, lora_blocks: Mapping[i
     if BIAS_GRAPH in graphs.graphs:
         _same("embed()'s bias", _run(opened, BIAS_GRAPH, {"mask": mask}, {})["bias"], bias)
     composed = found["hidden"]
-    for part, kind in enumerate(kinds):
+    for part, name in enumerate(names_of):
         tensors = _named(model.blocks[part], relative_names(spec, part))
-        if kinds.index(kind) == part:
-            _check_block(opened, f"block{kind}", model.blocks[part], hidden, bias, tensors, list(tensors), {})
-            if kind in lora_blocks:
-                block, names = lora_blocks[kind]
-                scale = {"lora_scale": _scale_of(block)}
-                every = _named(block, [*relative_names(spec, part), *names])
-                _check_block(opened, f"block{kind}{LORA}", block, hidden, bias, every, names, scale)
+        if names_of.index(name) == part:
+            _check_block(opened, name, model.blocks[part], hidden, bias, tensors, list(tensors), {})
+        if part in lora_blocks:
+            block, names = lora_blocks[part]
+            scale = {"lora_scale": _scale_of(block)}
+            every = _named(block, [*relative_names(spec, part), *names])
+            _check_block(opened, name + LORA, block, hidden, bias, every, names, scale)
         with torch.no_grad():
             hidden = model.blocks[part](hidden, bias)
-        composed = _run(opened, f"block{kind}{FORWARD}", {"hidden": composed, "bias": bias}, tensors)["out"]
-        first = kinds.index(kind)
+        composed = _run(opened, name + FORWARD, {"hidden": composed, "bias": bias}, tensors)["out"]
+        first = names_of.index(name)
         other = (
             "" if first == part else f" (its tensors have the shapes of block {first}'s, but does it compute the same?)"
         )

@@ -30,7 +30,7 @@ from edge_runtime.graphs.bundle import (
     LORA,
     SAVING,
     GraphSet,
-    block_kinds,
+    block_graphs,
     part_tensors,
     relative_names,
 )
@@ -78,7 +78,7 @@ class GraphBackend:
         self._spec, self._weights, self._plan, self._set = spec, weights, plan, graphs
         self._chosen = plan.chosen
         self._cut = spec.num_blocks - plan.chosen.depth  # the first trained block
-        self._kinds = block_kinds(spec)
+        self._of_block = block_graphs(spec)
         self._graphs = Graphs(graphs.graphs, threads)
         self._names = {
             part: dict(zip(relative_names(spec, part), (t.name for t in part_tensors(spec, part)), strict=True))
@@ -141,6 +141,10 @@ class GraphBackend:
         if self._masks and name in self._masks.matrices:
             return self._masks.matrices[name].changes(self._trained[name])
         return self._weights[name].differences(self._trained[name])
+
+    def values(self) -> dict[str, Array]:
+        """What is trained, by name."""
+        return dict(self._trained)
 
     def arrays(self) -> Iterator[Array]:
         """Everything that steps change, in a fixed order."""
@@ -388,7 +392,7 @@ class GraphBackend:
         if self._int8 and part < self._cut and suffix == FORWARD:
             suffix = FORWARD_INT8
         lora = LORA if self._lora and part >= self._cut else ""
-        return f"block{self._kinds[part]}{lora}{suffix}"
+        return self._of_block[part] + lora + suffix
 
     def _open_graphs(self) -> None:
         trained = range(self._cut, self._spec.num_blocks)

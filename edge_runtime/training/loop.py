@@ -40,6 +40,9 @@ class Backend(Protocol):
     def deltas(self) -> Iterator[tuple[str, Array]]:
         """Trained tensor minus its start, float32 and flat, in the order of the plan's suffix, a piece at a time."""
 
+    def values(self) -> dict[str, Array]:
+        """What is trained as it is now, by its name in the plan's layout; of masked entries their matrices."""
+
     def arrays(self) -> Iterator[Array]:
         """Everything that steps change, in a fixed order: trained values and the optimizer's states, to be written to."""
 

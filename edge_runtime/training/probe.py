@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from edge_runtime.cost import GRAPH_BACKEND, Calibration, Point, Trained, graph_law_bytes, law_bytes, trained
+from edge_runtime.cost import (
+    GRAPH_BACKEND,
+    Calibration,
+    Point,
+    Trained,
+    block_shares,
+    graph_law_bytes,
+    law_bytes,
+    trained,
+)
 from edge_runtime.errors import ModelError, TrainingFailed
 from edge_runtime.hardware import process_memory, profile, reset_peak
 from edge_runtime.model import ModelSpec
@@ -177,18 +186,18 @@ def seconds(head: Timed, blocks: Timed, probed: Probed, depth: int, sizes: Seque
     """
     spec, points = probed.spec, dict[str, list[tuple[int, float]]](forward=[], train=[], rest=[])
     once: list[float] = []
-    update = update_s("sgd")
+    update, work = update_s("sgd"), [share.work for share in block_shares(spec)]
     for size in sizes:
         batch = probed.batch(size, probed.mean)
         head_s = median_s(partial(head.step, batch)) - update * probed.trained(0).total
-        forward_s = min(median_s(head.block(batch, 1)), head_s / spec.num_blocks)
-        again_s = min(max(0.0, median_s(head.block(batch, 2)) - forward_s), forward_s)
+        forward_s = min(median_s(head.block(batch, 1)) / work[0], head_s / sum(work))
+        again_s = min(max(0.0, median_s(head.block(batch, 2)) / work[0] - forward_s), forward_s)
         once.append(forward_s - again_s)
-        rest_s = head_s - spec.num_blocks * forward_s
+        rest_s = head_s - sum(work) * forward_s
         train_s = forward_s
         if depth:
             whole_s = median_s(partial(blocks.step, batch)) - update * probed.trained(depth).total
-            train_s += max(0.0, whole_s - head_s) / depth
+            train_s += max(0.0, whole_s - head_s) / sum(work[-depth:])
         for what, taken in (("forward", again_s), ("train", train_s), ("rest", rest_s)):
             points[what].append((batch.ids.size, max(0.0, taken)))
     entry_s, copy_s = masking_s(probed)

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +27,9 @@ from edge_runtime.errors import EdgeError, TrainingFailed
 from edge_runtime.hardware import memory_cgroups, process_memory
 from edge_runtime.model import ModelSpec
 from edge_runtime.notify import alive
+from edge_runtime.records import Plan
 from edge_runtime.weights import MappedTensor
+from edge_runtime.wire import pack, to_plain
 
 POLL_S = 0.05
 CGROUP = "edge-train"
@@ -42,13 +45,14 @@ HEAP = {
 
 
 def model_job(
-    job: str, spec: ModelSpec, weights: Mapping[str, MappedTensor], adapters: Mapping[str, MappedTensor] | None = None, adapter_scale: float = 0.0,
+    job: str, spec: ModelSpec, weights: Mapping[str, MappedTensor], adapters: Mapping[str, MappedTensor] | None = None, adapter_scale: float = 0.0, kept: bytes = b"",
 ) -> dict[str, Any]:  # fmt: skip
     """The fields of a worker's job that describe a model.
 
     Args:
         adapters: A and B that training begins from; what they add to blocks that are not trained is merged in the worker.
         adapter_scale: what B A is multiplied by there.
+        kept: of a pruned model, which is to be evaluated.
     """
 
     def places(tensors: Mapping[str, MappedTensor]) -> dict[str, Any]:
@@ -63,7 +67,14 @@ def model_job(
         "weights": places({t.name: weights[t.name] for t in spec.tensors}),
         "adapters": places(adapters or {}),
         "adapter_scale": adapter_scale,
+        "kept": kept.hex(),
     }
+
+
+def plan_job(plan: Plan) -> dict[str, Any]:
+    """The fields of a worker's job that say what to train. What pruning begins with is bytes, which JSON has not."""
+    pruning = {"pruning": pack(plan.pruning).hex()} if plan.pruning else {}
+    return {"plan": to_plain(replace(plan, pruning=None)), **pruning}
 
 
 class Worker:

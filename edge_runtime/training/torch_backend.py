@@ -115,6 +115,9 @@ class TorchBackend:
             return self._masked[name].changes(self._masked_values(name))
         return self._base[name].differences(self._trained[name].detach().numpy())
 
+    def values(self) -> dict[str, Array]:
+        return {name: parameter.detach().numpy() for name, parameter in self._trained.items()}
+
     def arrays(self) -> Iterator[Array]:
         for name, parameter in self._trained.items():
             yield parameter.detach().numpy()
@@ -146,7 +149,7 @@ class TorchBackend:
     def block(self, batch: Batch, pieces: int) -> Callable[[], object]:
         """A block's forward pass on so many micro-batches."""
         ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)
-        block = self._model.blocks[-1]
+        block = self._model.blocks[0]
         with torch.no_grad():
             hidden, bias = self._model.embed(ids, mask)
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,12 @@ from edge_runtime.errors import EdgeError, ModelError, StoreError, UsageError
 from edge_runtime.hardware import process_memory
 from edge_runtime.layout import layout
 from edge_runtime.model import ModelSpec, load_family
-from edge_runtime.records import CostRow, Plan, TrainReport
+from edge_runtime.records import CostRow, Plan, Pruning, TrainReport
 from edge_runtime.split import train_test
 from edge_runtime.store import atomic_writer
 from edge_runtime.training.corpus import Corpus, build_corpus
 from edge_runtime.weights import MappedTensor
-from edge_runtime.wire import from_plain, to_plain
+from edge_runtime.wire import from_plain, to_plain, unpack_as
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from edge_runtime.training.backoff import Saved
     from edge_runtime.training.loop import Backend
     from edge_runtime.training.prefix_cache import PrefixCache
+    from edge_runtime.training.pruned import PrunedTraining
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -62,6 +64,14 @@ def weights_of(job: Job, what: str = "weights") -> dict[str, MappedTensor]:
         name: MappedTensor(path, offset, tuple(shape), dtype)
         for name, (path, offset, shape, dtype) in job.get(what, {}).items()
     }
+
+
+def plan_of(job: Job) -> Plan:
+    """What a job is to train."""
+    plan: Plan = from_plain(Plan, job["plan"], "plan")
+    if "pruning" in job:
+        plan = replace(plan, pruning=unpack_as(Pruning, bytes.fromhex(job["pruning"])))
+    return plan
 
 
 def corpus(job: Job) -> dict[str, Any]:
@@ -91,7 +101,13 @@ def corpus(job: Job) -> dict[str, Any]:
 
 def backend_of(job: Job, spec: ModelSpec, plan: Plan) -> Backend:
     """The backend that the plan names."""
-    start, weights = weights_of(job, "adapters"), frozen_of(job, spec, plan)
+    return make_backend(job, plan, spec, frozen_of(job, spec, plan), weights_of(job, "adapters"))
+
+
+def make_backend(
+    job: Job, plan: Plan, spec: ModelSpec, weights: Mapping[str, MappedTensor], start: Mapping[str, MappedTensor]
+) -> Backend:
+    """The backend that the plan names, on these weights and with adapters that begin from `start`."""
     if plan.chosen.backend != GRAPH_BACKEND:
         from edge_runtime.training.torch_backend import TorchBackend
 
@@ -177,17 +193,20 @@ def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
     from edge_runtime.training.backoff import Pressure, begin_again, on_disk
     from edge_runtime.training.loop import Progress, accuracy, run
 
-    spec = spec_of(job)
-    plan: Plan = from_plain(Plan, job["plan"], "plan")
-    backend = backend_of(job, spec, plan)
+    spec, plan = spec_of(job), plan_of(job)
+    pruned = pruned_training(job, spec, plan) if plan.pruning else None
+    trained = pruned or Unpruned(backend_of(job, spec, plan))
     data = Corpus(Path(job["corpus"]))
     cache, pays = open_cache(job, spec, plan, data)
-    done = saved.restore(backend) if saved else Progress()
+    done = saved.restore(trained.backend) if saved else Progress()
     rows: tuple[CostRow, ...] = from_plain(tuple[CostRow, ...], job.get("smaller", []), "smaller")
     pressure = Pressure(
         [row for row in rows if row.peak_bytes < plan.chosen.peak_bytes], own_cgroup=bool(job.get("cgroup"))
     )
     last = 0.0
+
+    def stop() -> bool:
+        return pruned.is_due(len(done.losses)) if pruned else pressure.is_short()
 
     def progress(step: int, loss: float) -> None:
         nonlocal last
@@ -200,28 +219,37 @@ def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
     if saved:
         emit(step=len(done.losses), steps=plan.steps, loss=done.losses[-1], smaller=to_plain(plan.chosen))
     try:
-        while not run(backend, data, plan, done, progress, cache, pays, pressure.is_short):
+        while not run(trained.backend, data, plan, done, progress, cache, pays, stop):
+            if pruned:
+                pruned.prune(len(done.losses))
+                continue
             done.peak_bytes = max(done.peak_bytes, process_memory().get("VmHWM", 0))
             kept = {"started": job.get("started", STARTED), "first": job.get("first", job["plan"]["chosen"])}
             chosen = {"plan": {**job["plan"], "chosen": to_plain(pressure.smaller)}}
             with contextlib.suppress(OSError):  # no disk, or no room on it: go on as it is
                 folder = on_disk(Path(job["update"]).parent, Path(job["cache"]))
-                begin_again({**job, **kept, **chosen}, done, backend.arrays(), folder)
+                begin_again({**job, **kept, **chosen}, done, trained.backend.arrays(), folder)
             pressure.give_up()
+        if pruned and plan.steps == 1:  # nobody is asked to stop after the last step
+            pruned.prune(1)
     finally:
         if cache is not None:
             cache.close()
     peak = max(done.peak_bytes, process_memory().get("VmHWM", 0))
     first: CostRow = from_plain(CostRow, job["first"], "plan") if "first" in job else plan.chosen
     held_out = (
-        accuracy(backend, Corpus(Path(job["test_corpus"])), plan.chosen.micro_batch) if job.get("test_corpus") else None
+        accuracy(trained.backend, Corpus(Path(job["test_corpus"])), plan.chosen.micro_batch)
+        if job.get("test_corpus")
+        else None
     )
-    codec = update(job, spec, plan, backend.deltas())
+    codec = update(job, *((pruned.spec, plan, pruned.deltas()) if pruned else (spec, plan, trained.backend.deltas())))
+    if pruned:
+        pruned.close()
     report = TrainReport(
         depth=plan.chosen.depth,
         checkpointing=plan.chosen.checkpointing,
         micro_batch=plan.chosen.micro_batch,
-        backend=backend.name,
+        backend=trained.backend.name,
         num_examples=len(data),
         steps=len(done.losses),
         first_loss=done.losses[0],
@@ -239,8 +267,27 @@ def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
         cached=cache is not None,
         backed_off=done.backed_off,
         codec=codec,
+        sparsity=pruned.kept.sparsity(spec) if pruned else 0.0,
+        kept=pruned.kept.encode().hex() if pruned else "",
     )
     return {"report": to_plain(report)}
+
+
+@dataclass
+class Unpruned:
+    """A training whose backend stays: what `PrunedTraining` is without stages."""
+
+    backend: Backend
+
+
+def pruned_training(job: Job, spec: ModelSpec, plan: Plan) -> PrunedTraining:
+    """The stages of a plan that prunes."""
+    from edge_runtime.training.pruned import PrunedTraining
+
+    def make(left: ModelSpec, weights: Mapping[str, MappedTensor], start: Mapping[str, MappedTensor]) -> Backend:
+        return make_backend(job, plan, left, weights, start)
+
+    return PrunedTraining(spec, weights_of(job), weights_of(job, "adapters"), plan, make, Path(job["update"]))
 
 
 def update(job: Job, spec: ModelSpec, plan: Plan, deltas: Iterator[tuple[str, Array]]) -> str:
@@ -287,13 +334,16 @@ def probe(job: Job) -> dict[str, Any]:
 
 
 def evaluate(job: Job) -> dict[str, Any]:
-    """Classify a tokenised data set; -> for each label how many are right, and how many there are."""
+    """Classify a tokenised data set with what is left of a model; -> for each label how many are right, and how many there are."""
     from edge_runtime.records import TrainSettings
     from edge_runtime.training.loop import classified
+    from edge_runtime.version_weights import left
 
-    spec, size = spec_of(job), job["batch_size"]
-    row = CostRow(0, False, size, 0, 0.0, 0.0, 0, backend=job["backend"])
-    backend = backend_of(job, spec, Plan(row, TrainSettings(batch_size=size), 0))
+    whole, size = spec_of(job), job["batch_size"]
+    plan = Plan(CostRow(0, False, size, 0, 0.0, 0.0, 0, backend=job["backend"]), TrainSettings(batch_size=size), 0)
+    weights = frozen_of(job, whole, plan)
+    spec, weights = left(whole, weights, bytes.fromhex(job.get("kept", "")), Path(job["cache"]))
+    backend = make_backend(job, plan, spec, weights, {})
     right, total = [0] * len(spec.labels), [0] * len(spec.labels)
     for label, is_right in classified(backend, Corpus(Path(job["corpus"])), size):
         total[label] += 1

@@ -50,20 +50,21 @@ def _table(rows: int, hidden: int) -> nn.Embedding:
 class SelfAttention(nn.Module):
     """Multi-head attention without its output projection."""
 
-    def __init__(self, hidden: int, heads: int) -> None:
+    def __init__(self, hidden: int, head_size: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(hidden, hidden)
-        self.key = nn.Linear(hidden, hidden)
-        self.value = nn.Linear(hidden, hidden)
+        self.head_size = head_size
+        self.query = nn.Linear(hidden, heads * head_size)
+        self.key = nn.Linear(hidden, heads * head_size)
+        self.value = nn.Linear(hidden, heads * head_size)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x (batch, seq, hidden), bias (batch, 1, 1, seq) added to the scores -> (batch, seq, hidden)."""
-        batch, seq, hidden = x.shape
-        split = (batch, seq, self.heads, hidden // self.heads)
+        """x (batch, seq, hidden), bias (batch, 1, 1, seq) added to the scores -> (batch, seq, heads * head_size)."""
+        batch, seq, _ = x.shape
+        wide = self.query.weight.shape[0]
+        split = (batch, seq, wide // self.head_size, self.head_size)
         q, k, v = (proj(x).view(split).transpose(1, 2) for proj in (self.query, self.key, self.value))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (batch, heads, seq, hidden / heads)
-        return out.transpose(1, 2).reshape(batch, seq, hidden)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (batch, heads, seq, head_size)
+        return out.transpose(1, 2).reshape(batch, seq, wide)
 
 
 class AddNorm(nn.Module):
@@ -83,10 +84,10 @@ class AddNorm(nn.Module):
 class Attention(nn.Module):
     """Self-attention with output projection; `self` and `output` are the checkpoints' names."""
 
-    def __init__(self, hidden: int, heads: int, eps: float) -> None:
+    def __init__(self, hidden: int, head_size: int, heads: int, eps: float) -> None:
         super().__init__()
-        self.self = SelfAttention(hidden, heads)
-        self.output = AddNorm(hidden, hidden, eps)
+        self.self = SelfAttention(hidden, head_size, heads)
+        self.output = AddNorm(heads * head_size, hidden, eps)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """As `Block.forward`."""
@@ -110,9 +111,9 @@ class Intermediate(nn.Module):
 class Block(nn.Module):
     """One transformer layer, the unit that a plan freezes, trains or recomputes."""
 
-    def __init__(self, hidden: int, heads: int, wide: int, eps: float, activation: str) -> None:
+    def __init__(self, hidden: int, head_size: int, heads: int, wide: int, eps: float, activation: str) -> None:
         super().__init__()
-        self.attention = Attention(hidden, heads, eps)
+        self.attention = Attention(hidden, head_size, heads, eps)
         self.intermediate = Intermediate(hidden, wide, activation)
         self.output = AddNorm(wide, hidden, eps)
 

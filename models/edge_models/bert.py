@@ -63,8 +63,16 @@ LAYER_NAMES = {  # a block's linear layers by their short names
     "up": "intermediate.dense",
     "down": "output.dense",
 }
+# A pruned model's blocks have heads and channels of their own number, as text between commas: config key -> all of them.
+# The size of a head, hidden_size / num_attention_heads, stays.
+WIDTHS_BY_BLOCK = {"heads_by_block": "num_attention_heads", "channels_by_block": "intermediate_size"}
+# What pruning takes away together: (layers of whose rows, layers of whose columns) one head or channel is made.
+HEAD_LAYERS = (("attention.self.query", "attention.self.key", "attention.self.value"), ("attention.output.dense",))
+CHANNEL_LAYERS = (("intermediate.dense",), ("output.dense",))
 # They size tensors or count blocks; whether there are token types at all shows in the embedding's tensors.
-GRAPH_FREE_CONFIG = frozenset({"num_hidden_layers", "vocab_size", "max_position_embeddings", "type_vocab_size"})
+GRAPH_FREE_CONFIG = frozenset(
+    {"num_hidden_layers", "vocab_size", "max_position_embeddings", "type_vocab_size", *WIDTHS_BY_BLOCK}
+)
 
 
 def describe(config: Mapping[str, ConfigValue], labels: Sequence[str], max_length: int) -> ModelSpec:
@@ -94,6 +102,18 @@ def describe(config: Mapping[str, ConfigValue], labels: Sequence[str], max_lengt
         feed_forward=int(c["intermediate_size"]),
         tensors=tuple(_tensor_specs(c, len(labels))),
     )
+
+
+def with_widths(
+    config: Mapping[str, ConfigValue], heads: Sequence[int], channels: Sequence[int]
+) -> dict[str, ConfigValue]:
+    """The config of a model whose blocks have so many heads and feed-forward channels, from the first block on.
+
+    Raises:
+        ModelError: there is not one number for each block, or one is absurd.
+    """
+    by_block = {"heads_by_block": _joined(heads), "channels_by_block": _joined(channels)}
+    return _checked_config({**config, **by_block})
 
 
 def open_folder(folder: Path) -> tuple[dict[str, ConfigValue], dict[str, MappedTensor]]:
@@ -151,7 +171,7 @@ def build(spec: ModelSpec, tensors: Mapping[str, Any]) -> Bert:
     with torch.device("meta"):
         model = Bert(
             Embeddings(words, positions, int(c["type_vocab_size"]), spec.hidden, eps),
-            [Block(spec.hidden, spec.heads, spec.feed_forward, eps, activation) for _ in range(spec.num_blocks)],
+            [Block(spec.hidden, spec.hidden // spec.heads, *width, eps, activation) for width in _widths(c)],
             nn.Linear(spec.hidden, len(spec.labels)),
         )
     model.load_state_dict(given, assign=True)
@@ -201,7 +221,34 @@ def _checked_config(config: Mapping[str, Any]) -> dict[str, ConfigValue]:
     activation = config.get("hidden_act")
     if activation not in ACTIVATIONS:
         raise ModelError(f"config: hidden_act must be one of {', '.join(ACTIVATIONS)}, it is {_short(activation)}")
-    return {**checked, "layer_norm_eps": eps, "hidden_act": activation}
+    by_block = {key: _by_block(config, checked, key) for key in WIDTHS_BY_BLOCK}
+    widths = {key: _joined(n) for key, n in by_block.items() if set(n) != {checked[WIDTHS_BY_BLOCK[key]]}}
+    return {**checked, "layer_norm_eps": eps, "hidden_act": activation, **widths}
+
+
+def _by_block(config: Mapping[str, Any], checked: Mapping[str, ConfigValue], key: str) -> list[int]:
+    """How many heads or channels each block has; all of them where the config does not say."""
+    blocks, full = int(checked["num_hidden_layers"]), WIDTHS_BY_BLOCK[key]
+    if key not in config:
+        return [int(checked[full])] * blocks
+    (low, high), text = COUNTS[full], config[key]
+    if isinstance(text, str) and re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", text) and len(text) <= 7 * blocks:
+        counts = [int(n) for n in text.split(",")]
+        if len(counts) == blocks and all(low <= n <= high for n in counts):
+            return counts
+    raise ModelError(
+        f"config: {key} must be {blocks} numbers from {low} to {high} between commas, it is {_short(text)}"
+    )
+
+
+def _joined(counts: Sequence[int]) -> str:
+    return ",".join(str(n) for n in counts)
+
+
+def _widths(checked: Mapping[str, ConfigValue]) -> list[tuple[int, int]]:
+    """Heads and channels of each block."""
+    heads, channels = (_by_block(checked, checked, key) for key in WIDTHS_BY_BLOCK)
+    return list(zip(heads, channels, strict=True))
 
 
 def _checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
@@ -214,7 +261,8 @@ def _checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
 
 def _tensor_specs(config: Mapping[str, ConfigValue], labels: int) -> list[TensorSpec]:
     """Every tensor in the model's order: embeddings, block 0 onwards, head."""
-    hidden, wide, depth = (int(config[k]) for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    hidden, depth = int(config["hidden_size"]), int(config["num_hidden_layers"])
+    head_size = hidden // int(config["num_attention_heads"])
     tables = {"word": "vocab_size", "position": "max_position_embeddings", "token_type": "type_vocab_size"}
     specs = [
         TensorSpec(f"embeddings.{name}_embeddings.weight", (int(config[key]), hidden), EMBED)
@@ -227,11 +275,11 @@ def _tensor_specs(config: Mapping[str, ConfigValue], labels: int) -> list[Tensor
         specs.append(TensorSpec(f"{module}.bias", (outputs,), part))
 
     add("embeddings.LayerNorm", hidden, None, EMBED)
-    for part in range(depth):
+    for part, (heads, wide) in enumerate(_widths(config)):
         layer = f"encoder.layer.{part}"
         for name in ("query", "key", "value"):
-            add(f"{layer}.attention.self.{name}", hidden, hidden, part)
-        add(f"{layer}.attention.output.dense", hidden, hidden, part)
+            add(f"{layer}.attention.self.{name}", heads * head_size, hidden, part)
+        add(f"{layer}.attention.output.dense", hidden, heads * head_size, part)
         add(f"{layer}.attention.output.LayerNorm", hidden, None, part)
         add(f"{layer}.intermediate.dense", wide, hidden, part)
         add(f"{layer}.output.dense", hidden, wide, part)

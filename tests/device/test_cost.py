@@ -17,10 +17,14 @@ from edge_models import bert
 from edge_runtime.cost import (
     Calibration,
     DataShape,
+    Point,
+    Share,
     Trained,
+    block_shares,
     cost,
     dynamic_bytes,
     graph_law_bytes,
+    graph_peak_bytes,
     law_bytes,
     masking_s,
     micro_batches,
@@ -32,6 +36,7 @@ from edge_runtime.cost import (
 from edge_runtime.records import CostRow, TrainSettings
 from edge_runtime.training.corpus import Corpus
 from edge_runtime.wire import from_plain, to_plain
+from tests.networks import bert_spec
 from tests.samples import quickly, small_spec
 
 SPEC = small_spec(4, 64)
@@ -317,3 +322,45 @@ def test_what_a_block_with_adapters_keeps_is_what_was_measured() -> None:
     what = trained(spec, 2, LORA)
     few, many = (dynamic_bytes(spec, what, False, 4000, 1, saved) for saved in (6000, 7000))
     assert many - few == 2 * 4000 * 1000
+
+
+def test_a_pruned_block_counts_by_what_is_left_of_it() -> None:
+    whole = bert_spec(128, 4, 512, blocks=3)
+    config = bert.with_widths(whole.config, [4, 2, 1], [512, 256, 128])
+    spec = bert.describe(config, whole.labels, 40)
+    assert block_shares(whole) == [Share(1.0, 1.0)] * 3
+    assert [share.work for share in block_shares(spec)] == [1.0, 0.5, 0.25]
+    shares = [share.activations for share in block_shares(spec)]
+    assert shares[0] == 1 > shares[1] > 0.5 and shares[1] > shares[2] > 0.25
+    settings, data = TrainSettings(), DataShape(1000, 40, 20.0)
+    for backend in ("torch", "onnx"):
+        measured = Calibration(
+            backend, 50 << 20, 0.0, 1e-5, 0.0, 3e-5, 0.0,
+            head_peaks=(Point(40, 60 << 20),), block_peaks=(Point(40, 64 << 20),), probed_depth=1, saved_per_token_bytes=9000,
+        )  # fmt: skip
+        for depth in (1, 2, 3):
+            rows = [cost(s, data, settings, measured, trained(s, depth, settings), False, 16) for s in (whole, spec)]
+            assert rows[1].step_s < 0.8 * rows[0].step_s and rows[1].upload_bytes < rows[0].upload_bytes
+    uniform = bert.describe(bert.with_widths(whole.config, [2] * 3, [256] * 3), whole.labels, 40)
+    row, half = (cost(s, data, settings, measured, trained(s, 3, settings), False, 16) for s in (whole, uniform))
+    assert half.step_s == pytest.approx(row.step_s / 2)
+
+
+def test_earlier_blocks_that_are_wider_than_the_measured_ones_raise_the_promise() -> None:
+    whole = bert_spec(128, 4, 512, blocks=4)
+    settings = TrainSettings()
+    peaks = {}
+    measured = Calibration(
+        "onnx", 0, 0.0, 1e-5, 0.0, 3e-5, 0.0,
+        head_peaks=(Point(40, 40 << 20),), block_peaks=(Point(40, 80 << 20),), probed_depth=2, saved_per_token_bytes=9000,
+    )  # fmt: skip
+    for first in (1, 2, 4):
+        config = bert.with_widths(whole.config, [first, 1, 1, 1], [128 * first, 128, 128, 128])
+        spec = bert.describe(config, whole.labels, 40)
+        law = [graph_law_bytes(spec, trained(spec, 4, settings), c, 640, 640, "adamw") for c in (False, True)]
+        peaks[first] = [
+            graph_peak_bytes(spec, settings, measured, trained(spec, 4, settings), c, 640, 640) - law[c]
+            for c in (False, True)
+        ]
+    for checkpointing in (0, 1):
+        assert peaks[1][checkpointing] < peaks[2][checkpointing] < peaks[4][checkpointing]

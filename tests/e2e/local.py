@@ -19,8 +19,10 @@ from edge_coordinator.models import Models
 from edge_coordinator.server import Server
 from edge_runtime.codecs import PACKED
 from edge_runtime.encoding import write_update
-from edge_runtime.layout import layout
+from edge_runtime.importance import any_kept
 from edge_runtime.model import ModelSpec
+from edge_runtime.prune_plan import kept_of, planned, sent
+from edge_runtime.pruning import Kept
 from edge_runtime.records import Budget, CostRow, Plan
 from edge_runtime.store import BlobStore
 from edge_runtime.topics import Topics
@@ -112,6 +114,7 @@ class FakeDevice:
     def __init__(
         self, world: World, name: str, *, table: tuple[CostRow, ...] = (), memory: int = GIB, examples: int = 10, reason: str = "",
         update: Callable[[int], bytes] | None = None, tamper: Callable[[Offer], Offer] = lambda offer: offer, serve: bool = True, packed: bool = False,
+        keep: Callable[[ModelSpec, Kept, float], Kept] = any_kept,
     ) -> None:  # fmt: skip
         self.world, self.name, self.table, self.memory, self.examples, self.reason = (
             world,
@@ -121,7 +124,7 @@ class FakeDevice:
             examples,
             reason,
         )
-        self.update, self.tamper, self.serve, self.packed = update, tamper, serve, packed
+        self.update, self.tamper, self.serve, self.packed, self.keep = update, tamper, serve, packed, keep
         self.topics = Topics("test")
         self.transport = LocalTransport(world.broker, name, self.topics.device_filters(name))
         self.store = BlobStore(world.folder.parent / f"fake-{name}")
@@ -156,14 +159,18 @@ class FakeDevice:
     def offer(self, grant: Grant) -> None:
         """Make an update for a plan and offer it."""
         spec = self.world.server.run.manifest.spec
-        size = sum(t.num_bytes for t in layout(spec, grant.plan))
+        size, kept = sum(t.num_bytes for t in planned(spec, grant.plan)), b""
+        if grant.plan.pruning:
+            kept = self.keep(spec, kept_of(spec, grant.plan.pruning.kept), grant.plan.pruning.to).encode()
         data = self.update(size) if self.update else constant_update(size, 0.01)
         codec = grant.plan.chosen.codec
         if codec != "f32":
-            data, codec = encoded(spec, grant.plan, data), codec + PACKED * self.packed
+            data, codec = encoded(spec, grant.plan, data, kept), codec + PACKED * self.packed
             data = zlib.compress(data) if self.packed else data
         blob = self.store.put(data)
-        offer = Offer(grant.run, grant.round, grant.nonce, blob, len(data), codec, self.examples, 1.0, 1, 2.0, 1.0)
+        offer = Offer(
+            grant.run, grant.round, grant.nonce, blob, len(data), codec, self.examples, 1.0, 1, 2.0, 1.0, kept
+        )
         self.send("offer", self.tamper(offer))
 
     def _answer(self, body: Any) -> None:
@@ -183,9 +190,9 @@ def constant_update(size: int, value: float) -> bytes:
     return np.full(size // 4, value, "<f4").tobytes()
 
 
-def encoded(spec: ModelSpec, plan: Plan, data: bytes) -> bytes:
+def encoded(spec: ModelSpec, plan: Plan, data: bytes, kept: bytes = b"") -> bytes:
     """A float32 update in its plan's codec."""
-    sizes = {t.name: t.size for t in layout(spec, plan)}
+    sizes = {t.name: t.size for t in sent(spec, plan, kept)}
     values, pieces = np.frombuffer(data, "<f4"), []
     for name, size in sizes.items():
         pieces.append((name, values[:size]))

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from edge_coordinator.fleet import Fleet as FleetFolder
-from edge_coordinator.run import read_join
+from edge_coordinator.ledger import read_join
 from edge_runtime.agent import MAX_ATTEMPTS, SHRINK, Agent
 from edge_runtime.local import DataOptions
 from edge_runtime.records import CostRow, Plan

@@ -17,6 +17,7 @@ from typing import Any
 import msgpack
 
 from edge_runtime.manifest import Manifest
+from edge_runtime.records import MAX_KEPT_BYTES
 from edge_runtime.wire import CHUNK_HEADER, MAX_CONTROL_BYTES, encode_chunk, pack
 from tests.samples import BLOB, MESSAGES, OTHER, message, small_manifest
 
@@ -113,6 +114,17 @@ def control_files() -> dict[str, bytes]:
         "grant-no-plan": _changed("grant", plan=None),
         "grant-nonce-short": _changed("grant", nonce=bytes(15)),
         "grant-time-negative": _changed("grant", report_within_s=-1),
+        "grant-pruning-is-a-list": _changed("grant", plan=_plain("grant")["b"]["plan"] | {"pruning": []}),
+        "grant-pruning-kept-too-long": _pruning(kept=bytes(MAX_KEPT_BYTES + 1)),
+        "grant-pruning-kept-is-text": _pruning(kept="all"),
+        "grant-pruning-of-everything": _pruning(to=1.0),
+        "grant-pruning-nan": _pruning(to=math.nan),
+        "grant-pruning-less-than-nothing": _pruning(to=-0.1),
+        "grant-pruning-never": _pruning(every=0),
+        "grant-pruning-without-a-rule": _pruning(by=""),
+        "ok-grant-pruning-is-nil": _changed("grant", plan=_plain("grant")["b"]["plan"] | {"pruning": None}),
+        "offer-kept-too-long": _changed("offer", kept=bytes(MAX_KEPT_BYTES + 1)),
+        "offer-kept-is-text": _changed("offer", kept="all"),
         "offer-no-examples": _changed("offer", num_examples=0),
         "offer-examples-beyond-the-sum": _changed("offer", num_examples=(1 << 20) + 1),
         "offer-loss-nan": _changed("offer", last_loss=math.nan),
@@ -157,6 +169,8 @@ def manifest_files() -> dict[str, bytes]:
         "extension-type": pack(sound).replace(b"\xa6parent\xc4\x20" + BLOB, b"\xa6parent\xd6\x05abcd"),
         "format-2": _manifest(format=2),
         "version-negative": _manifest(version=-1),
+        "kept-too-long": _manifest(kept=bytes(MAX_KEPT_BYTES + 1)),
+        "kept-is-text": _manifest(kept="all"),
         "no-tensors": _manifest(tensors=()),
         "one-tensor-twice": _manifest(tensors=(first, first, *rest)),
         "one-name-twice": tensor(name=rest[0].name),
@@ -364,6 +378,11 @@ def _envelope(kind: str, **changes: Any) -> bytes:
 
 def _changed(kind: str, **changes: Any) -> bytes:
     return _envelope(kind, b=_plain(kind)["b"] | changes)
+
+
+def _pruning(**changes: Any) -> bytes:
+    plan = _plain("grant")["b"]["plan"]
+    return _changed("grant", plan=plan | {"pruning": plan["pruning"] | changes})
 
 
 def _without(kind: str, key: str) -> bytes:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from edge_models import bert
-from edge_runtime.graphs import bundle, derive, find, match, partition, verify
+from edge_runtime.graphs import bundle, check, derive, find, match, partition, verify
 from edge_runtime.graphs.bundle import GraphSet, encode_graphs
 from edge_runtime.model import EMBED, ModelSpec, load_family
 from edge_runtime.records import CostRow, Plan, TrainSettings
@@ -211,11 +211,53 @@ def test_ranks_targets_and_frozen_a_have_torchs_gradients(small: Model, case: di
     assert gate(small, tmp_path, **case) <= TOLERANCE
 
 
+def pruned(model: Model, folder: Path, seed: int) -> Model:
+    """The same set for a model whose blocks have heads and channels of their own number; the last block is whole."""
+    random, blocks = np.random.default_rng(seed), model.spec.num_blocks
+    heads = [*random.integers(1, model.spec.heads + 1, blocks - 1).tolist(), model.spec.heads]
+    channels = [*random.integers(1, model.spec.feed_forward, blocks - 1).tolist(), model.spec.feed_forward]
+    spec = bert.describe(bert.with_widths(model.spec.config, heads, channels), model.spec.labels, 40)
+    assert bert.bundled_graphs(spec) == bert.bundled_graphs(model.spec) and match.misfit(model.graphs, spec) is None
+    assert bundle.block_graphs(spec) == ["block0.any"] * (blocks - 1) + ["block0"]
+    return Model(spec, write_weights(spec, folder / "pruned.f32", seed), model.graphs)
+
+
+PRUNED_CASES: list[dict[str, Any]] = [
+    {"seed": 21, "depth": 3},
+    {"seed": 22, "depth": 3, "checkpointing": True, "micro": 3},
+    {"seed": 23, "depth": 3, "rank": 3, "micro": 2},
+    {"seed": 24, "depth": 3, "rank": 5, "checkpointing": True, "targets": ("q", "down")},
+    {"seed": 25, "depth": 2, "rank": 1, "adapters": "b"},
+]
+
+
+@pytest.mark.parametrize("case", PRUNED_CASES, ids=str)
+def test_a_pruned_models_gradients_are_torchs(small: Model, case: dict[str, Any], tmp_path: Path) -> None:
+    assert gate(pruned(small, tmp_path, case["seed"]), tmp_path, **case) <= TOLERANCE
+
+
+def test_a_pruned_prefix_runs_in_int8(small: Model, tmp_path: Path) -> None:
+    model = pruned(small, tmp_path, 26)
+    found = []
+    for precision in ("float32", "int8"):
+        row = CostRow(1, False, 4, 0, 0.0, 0.0, 0, "onnx", precision=precision)
+        backend = GraphBackend(model.spec, model.weights, Plan(row, TrainSettings(), 1), model.graphs, 1, tmp_path)
+        batch = random_batch(model.spec, 26)
+        found.append(backend.features(batch)[batch.mask > 0])
+    exact, quantized = found
+    cosines = (exact * quantized).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(quantized, axis=1)
+    assert 0.98 < cosines.min() < 1
+    inputs = check.check_graph(model.graphs.graphs["block0.any.forward_int8"]).inputs
+    assert sum(name.endswith(":q") for name in inputs) == 6 and "intermediate.dense.weight" not in inputs
+
+
 @pytest.mark.parametrize("shape", OTHERS, ids=lambda shape: "-".join(map(str, shape)))
 def test_every_other_shipped_set_trains_like_torch(shape: tuple[int, int, int, int], tmp_path: Path) -> None:
     model = shipped(tmp_path, shape, blocks=2)
     assert gate(model, tmp_path, 9, 2, micro=4) <= TOLERANCE
     assert gate(model, tmp_path, 10, 1, rank=4) <= TOLERANCE
+    assert gate(pruned(model, tmp_path, 11), tmp_path, 11, 2, micro=4) <= TOLERANCE
+    assert gate(pruned(model, tmp_path, 12), tmp_path, 12, 2, rank=4) <= TOLERANCE
 
 
 @pytest.mark.slow
@@ -277,6 +319,7 @@ def test_a_set_serves_every_depth_vocabulary_and_number_of_labels_and_positions(
         {"num_attention_heads": 4},
         {"intermediate_size": 256},
         {"hidden_size": 64},
+        {"heads_by_block": "1,2,2", "hidden_act": "relu"},
     ],
     ids=str,
 )
@@ -318,7 +361,7 @@ def test_every_shape_of_the_tool_is_shipped_and_nothing_else() -> None:
     for shape in tool.SHAPES:
         path = bert.bundled_graphs(spec := bert_spec(*shape))
         assert path is not None
-        assert path.stat().st_size < 16 << 10
+        assert path.stat().st_size < 32 << 10
         assert find.read_graphs(path).fits(spec)
 
 

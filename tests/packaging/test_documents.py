@@ -22,7 +22,7 @@ from edge_runtime import cli as device
 from edge_runtime import wire
 from edge_runtime.credentials import DeviceSection
 from edge_runtime.errors import EdgeError
-from edge_runtime.records import Budget, CostRow, Plan, TrainReport, TrainSettings
+from edge_runtime.records import Budget, CostRow, Plan, Pruning, TrainReport, TrainSettings
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -223,7 +223,7 @@ def test_wire_names_every_message_and_field() -> None:
         for field in dataclasses.fields(record):
             assert re.search(rf"`?\b{field.name}\b`?", paragraph), f"{kind}.{field.name}"
     records = document.split("Records inside:")[1].split("## Blobs")[0]
-    for record in (TrainSettings, Budget, CostRow, Plan):
+    for record in (TrainSettings, Budget, CostRow, Plan, Pruning):
         for field in dataclasses.fields(record):
             assert f"`{field.name}`" in records, field.name
 

@@ -8,7 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from edge_coordinator.methods import auto, baselines, caff, flexlora, flora, hetlora, legend, lora, slora
+from edge_coordinator.methods import (
+    auto,
+    baselines,
+    caff,
+    fedspine,
+    flexlora,
+    flora,
+    hetlora,
+    legend,
+    lora,
+    prune_baselines,
+    slora,
+)
 from edge_coordinator.methods.method import Choice, Cohort, Method, Options, State
 from edge_runtime.codecs import CODECS
 from edge_runtime.kinds import fits_kind
@@ -31,6 +43,9 @@ METHODS: dict[str, Method] = {
     "slora": slora.METHOD,
     "slora-legend": slora.WITH_LEGEND,
     "auto": auto.METHOD,
+    "fedspine": fedspine.METHOD,
+    "prune-magnitude": prune_baselines.MAGNITUDE,
+    "prune-oneshot": prune_baselines.ONESHOT,
 }
 SUMMARIES: dict[str, str] = {name: method.summary for name, method in METHODS.items()}
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edge_runtime.asks import ASKS, Ask, Asker
-from edge_runtime.model import TensorSpec
-from edge_runtime.records import CostRow, TrainSettings
+from edge_runtime.model import ModelSpec, TensorSpec
+from edge_runtime.records import CostRow, Pruning, TrainSettings
 from edge_runtime.wire import Join
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class Options:
         sparse_rounds: of SLoRA, the rounds of its first stage; 0: about a third of the run's.
         sparse_density: of SLoRA, the share of the entries that its first stage trains.
         rounds: of the run.
+        sparsity: of FedSpine and its baselines, the share of the blocks' matrices that is gone in the end.
+        prune_rounds: of them, the rounds in which devices prune; 0: about half of the run's.
     """
 
     rank_distribution: str = "arithmetic"
@@ -47,6 +49,8 @@ class Options:
     sparse_rounds: int = 0
     sparse_density: float = 0.1
     rounds: int = 1
+    sparsity: float = 0.5
+    prune_rounds: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,13 @@ class Stage:
         adapters: what of LoRA adapters devices train and send: "ab", "b" (A stays), "fresh" (of their own, which no version has),
             or "" (the blocks, or entries of them). With "fresh" and a mask in the settings each device trains one of all kinds.
         ranks: of the published adapters of each block, from input to output; empty: the settings' in all.
+        prunes: devices may leave groups out; else the model is whole again.
     """
 
     settings: TrainSettings
     adapters: str = ""
     ranks: tuple[int, ...] = ()
+    prunes: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class Choice:
     row: CostRow | None
     why: str = ""
     ranks: tuple[int, ...] = ()  # of the adapters in each trained block, none above the row's; empty: the row's in all
+    pruning: Pruning | None = None
 
 
 @dataclass(frozen=True)
@@ -106,8 +113,40 @@ class Change:
     replaces: bool = False
 
 
+class Report(Protocol):
+    """What a device's part in a round came to."""
+
+    @property
+    def num_examples(self) -> int:
+        """Its examples."""
+
+    @property
+    def kept(self) -> bytes:
+        """What it has kept of a pruned model; empty: all."""
+
+    @property
+    def seconds(self) -> float:
+        """Of its training, and of sending where the device knows its uplink."""
+
+    @property
+    def first_loss(self) -> float:
+        """Of its first step."""
+
+    @property
+    def last_loss(self) -> float:
+        """Over its last steps."""
+
+
 class Trained(Protocol):
     """One device's adapter of one matrix, after its training."""
+
+    @property
+    def device(self) -> str:
+        """Whose it is."""
+
+    @property
+    def places(self) -> tuple[Array | None, Array | None]:
+        """The rows and columns of the matrix that the device has kept; None: all."""
 
     @property
     def num_examples(self) -> int:
@@ -118,7 +157,7 @@ class Trained(Protocol):
         """At most the published adapter's."""
 
     def load(self) -> tuple[Array, Array]:
-        """-> A (rank, inputs), B (outputs, rank), float64. Read from disk at each call."""
+        """-> A (rank, inputs), B (outputs, rank), float64, of the rows and columns that are kept. Read from disk at each call."""
 
 
 class Dense(Protocol):
@@ -142,6 +181,14 @@ class Collected(Protocol):
     @property
     def settings(self) -> TrainSettings:
         """Those of the round's plans, with the run's seed."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The whole model."""
+
+    @property
+    def reports(self) -> Mapping[str, Report]:
+        """What each device's part in the round came to, in the order of their names."""
 
     @property
     def adapted(self) -> Sequence[TensorSpec]:
@@ -170,6 +217,7 @@ Aggregate = Callable[[State, Collected], tuple[Iterator[Change], State]]
 BlockRanks = Callable[[int, TrainSettings, Options], tuple[int, ...]]
 RoundSettings = Callable[[State, int, TrainSettings, Options], TrainSettings]  # of a round, from the run's
 Prime = Callable[["Array", "Array"], "tuple[Array, Array]"]
+KeptAfter = Callable[[State], bytes]  # what the version after a round keeps of the whole model; empty: all
 
 
 def one_rank(num_blocks: int, settings: TrainSettings, options: Options) -> tuple[int, ...]:
@@ -180,6 +228,11 @@ def one_rank(num_blocks: int, settings: TrainSettings, options: Options) -> tupl
 def the_runs(state: State, number: int, settings: TrainSettings, options: Options) -> TrainSettings:
     """The run's settings in all rounds."""
     return settings
+
+
+def all_kept(state: State) -> bytes:
+    """Nothing is pruned."""
+    return b""
 
 
 def averaged(state: State, collected: Collected) -> tuple[Iterator[Change], State]:
@@ -204,6 +257,8 @@ class Method:
         round_settings: those of a round; where they have no rank, no adapters are trained in it.
         prime: of a run whose matrices were trained before its adapters: from what it changed in a matrix (outputs, inputs) and
             a fresh A (rank, inputs), float64, to the A and B that adapters begin with; the matrix goes back to what it was.
+        prunes: devices leave heads and channels out.
+        kept: what of the model is kept, from the method's state after a round; asked where it prunes.
     """
 
     summary: str
@@ -216,13 +271,15 @@ class Method:
     rank: int = 8
     round_settings: RoundSettings = the_runs
     prime: Prime | None = None
+    prunes: bool = False
+    kept: KeptAfter = all_kept
 
     def stage(self, state: State, number: int, num_blocks: int, settings: TrainSettings, options: Options) -> Stage:
         """What a round asks of the devices. Args: settings: the run's."""
         settings = self.round_settings(state, number, settings, options)
         if not self.adapters or not settings.lora_rank:
             return Stage(settings)
-        return Stage(settings, self.adapters, self.block_ranks(num_blocks, settings, options))
+        return Stage(settings, self.adapters, self.block_ranks(num_blocks, settings, options), self.prunes)
 
 
 def by_ask(ask: Ask) -> Configure:

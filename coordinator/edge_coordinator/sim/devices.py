@@ -28,18 +28,19 @@ from edge_runtime.cost import Calibration, DataShape
 from edge_runtime.engine import Engine
 from edge_runtime.errors import DoesNotFit, UsageError
 from edge_runtime.kinds import kinds
-from edge_runtime.layout import A, layout
+from edge_runtime.layout import A
 from edge_runtime.manifest import Manifest, StoredTensor
 from edge_runtime.model import ModelSpec
 from edge_runtime.planner import MAX_ROWS, choose, cost_table, offered_ranks
+from edge_runtime.prune_plan import planned, time_share
 from edge_runtime.records import Budget, CostRow, TrainSettings
 from edge_runtime.store import BlobStore
 from edge_runtime.topics import Topics
 from edge_runtime.training.corpus import Corpus
-from edge_runtime.training.process import model_job
+from edge_runtime.training.process import model_job, plan_job
 from edge_runtime.transport import LocalBroker, LocalTransport, Message
 from edge_runtime.version import software
-from edge_runtime.wire import Ack, Grant, Join, Offer, Round, Status, decode, encode, to_plain
+from edge_runtime.wire import Ack, Grant, Join, Offer, Round, Status, decode, encode
 
 USER = "devices"
 MAX_DRAWS = 10_000  # of who is online, while a round waits for somebody to join
@@ -257,7 +258,8 @@ class VirtualFleet:
 
     def _granted(self, device: VirtualDevice, grant: Grant) -> None:
         row, chosen = self.rows[device.name], grant.plan.chosen
-        train_s = chosen.total_s(grant.plan.settings.epochs)
+        assert self._manifest, "a plan is for the model that is served"
+        train_s = chosen.total_s(grant.plan.settings.epochs) * time_share(self._manifest.spec, grant.plan)
         upload_s = planned_bytes(self._manifest, grant) / device.uplink_bytes_per_s
         row |= {"status": "planned", "depth": chosen.depth, "rank": chosen.rank, "mask_every": grant.plan.settings.mask_every, "checkpointing": chosen.checkpointing, "micro_batch": chosen.micro_batch,
                 "peak_bytes": chosen.peak_bytes, "train_s": round(train_s, 6), "upload_s": round(upload_s, 6)}  # fmt: skip
@@ -280,7 +282,7 @@ class VirtualFleet:
             feedback["residual"] = self._residuals.job(device.name, draft, grant, manifest)
         return {
             **feedback,
-            "plan": to_plain(grant.plan),
+            **plan_job(grant.plan),
             "smaller": [],
             **model_job(
                 "train",
@@ -314,6 +316,7 @@ class VirtualFleet:
         os.link(trained.update, draft)  # the pool keeps its own until the round is in the results
         blob = self._updates.adopt(draft)
         row |= {"bytes_up": num_bytes, "finished_s": round(self.clock.now_s, 6), "first_loss": report.first_loss, "last_loss": report.last_loss}  # fmt: skip
+        row |= {"sparsity": round(report.sparsity, 5)} if grant.plan.pruning else {}
         offer = Offer(
             run=grant.run,
             round=grant.round,
@@ -326,6 +329,7 @@ class VirtualFleet:
             peak_bytes=row["peak_bytes"],
             first_loss=report.first_loss,
             last_loss=report.last_loss,
+            kept=bytes.fromhex(report.kept),
         )
         self._send(device, "offer", offer)
 
@@ -361,7 +365,7 @@ class VirtualFleet:
 def planned_bytes(manifest: Manifest | None, grant: Grant) -> int:
     """The bytes of the update that a plan is for: of its own ranks, which may be below those of its row."""
     assert manifest, "a plan is for the model that is served"
-    return update_bytes(layout(manifest.spec, grant.plan), grant.plan.chosen.codec)
+    return update_bytes(planned(manifest.spec, grant.plan), grant.plan.chosen.codec)
 
 
 def _work(grant: Grant, device: VirtualDevice) -> str:

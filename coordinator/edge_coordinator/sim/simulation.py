@@ -204,6 +204,7 @@ class Simulation:
             **_summary(work, self._counts),
             "num_examples": event.get("num_examples", 0),
             "mean_loss": event.get("mean_loss"),
+            **({"sparsity": event["sparsity"]} if "sparsity" in event else {}),
             "reason": "; ".join(filter(None, [event.get("reason", ""), "" if published else _why(work)])),
         }
         last = event["round"] >= self.fleet.config.run.rounds
@@ -265,9 +266,9 @@ class Simulation:
                 by_class[kind] = round(sum(c * s for c, s in known) / sum(c for c, _ in known), 5)
         return {"accuracy": round(sum(right) / sum(total), 5), "accuracy_of": by_class}
 
-    def _mapped(self, manifest: Manifest) -> tuple[dict[str, MappedTensor], dict[str, MappedTensor], float]:
+    def _mapped(self, manifest: Manifest) -> tuple[dict[str, MappedTensor], dict[str, MappedTensor], float, bytes]:
         store = self.models.store
-        return manifest.mapped(store), manifest.mapped_adapters(store), manifest.adapter_scale
+        return manifest.mapped(store), manifest.mapped_adapters(store), manifest.adapter_scale, manifest.kept
 
     def _labels_of(self, kind: str) -> list[int]:
         """How many examples of each label the devices of a class hold."""
