@@ -224,7 +224,7 @@ ASKS: dict[str, Asks] = {
         graded=True,
     ),
     "auto": Asks("a suffix in full, adapters or masked entries of it: what promises most within the budgets", (MOST_GAIN,)),
-    "fedspine": Asks("heads and channels are pruned while adapters train; a bandit chooses how far, and their rank (FedSpine)", (PRUNED,)),
+    "fedspine": Asks("heads and channels are pruned while adapters train; a bandit says how far (FedSpine)", (PRUNED,)),
     "prune-magnitude": Asks("as fedspine, all devices alike, by the magnitude of what goes", (PRUNED,)),
     "prune-oneshot": Asks("as fedspine, all devices alike, all at once in the first round (LLM-Pruner)", (PRUNED,)),
 }  # fmt: skip
