@@ -1,4 +1,4 @@
-"""The command line of a device: `edge-runtime profile | plan | train | join | export | predict | serve | ask | models | doctor | service`.
+"""The command line of a device: `edge-runtime profile | plan | train | join | prune | export | predict | serve | ask | models | doctor | service`.
 
 Flags and help only: every command has `--help` with examples, and those that scripts read have `--json`. What a command
 does is in `commands.py`. Imports that, `console` and the defaults that the help shows.
@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
         _add_plan,
         _add_train,
         _add_join,
+        _add_prune,
         _add_export,
         _add_predict,
         _add_serve,
@@ -152,6 +153,27 @@ def _add_join(commands: Commands) -> None:
     _engine_flags(join, defaults=False)
     _data_flags(join, defaults=False)
     join.set_defaults(run=do.run_join)
+
+
+def _add_prune(commands: Commands) -> None:
+    prune = _parser(
+        commands,
+        "prune",
+        "Make a model smaller and faster: drop the attention heads and feed-forward channels of the smallest weights. "
+        "Needs no data; train the result, since its answers are worse until then.",
+        "edge-runtime prune minilm-l6 --sparsity 0.5 --out minilm-half",
+        "edge-runtime prune my-model --sparsity 0.3 --out smaller && edge-runtime train smaller --data t.csv --out m",
+    )
+    prune.add_argument(
+        "model",
+        help="alias, checkpoint folder, Hugging Face id, a folder from `train`, or the --state folder of `join`",
+    )
+    prune.add_argument(
+        "--sparsity", required=True, type=float, help="share of the heads and channels that goes, for example 0.5"
+    )
+    prune.add_argument("--out", required=True, type=Path, help="folder for the smaller model")
+    prune.add_argument("--family", default=DEFAULT_FAMILY, help="module that knows the architecture (%(default)s)")
+    prune.set_defaults(run=do.run_prune)
 
 
 def _add_export(commands: Commands) -> None:

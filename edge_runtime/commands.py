@@ -274,6 +274,23 @@ def _print_fields(width: int, fields: Sequence[tuple[str, str]]) -> None:
         print(f"{name:{width}}{value}")
 
 
+def run_prune(args: Namespace) -> int:
+    """Write a model without the heads and channels of the smallest weights, and print what is left."""
+    from edge_runtime.local_prune import prune
+
+    found = prune(args.model, args.sparsity, args.out, family=args.family, progress=note)
+    if args.json:
+        print_json(dataclasses.asdict(found) | {"folder": str(found.folder)})
+        return 0
+    fields = [("gone", f"{100 * found.sparsity:.1f} % of the values of the blocks' matrices")]
+    for number, what in enumerate(("heads", "channels")):
+        of, left = ([widths[number] for widths in by_block] for by_block in (found.widths_before, found.widths))
+        fields.append((what, f"{sum(left)} of {sum(of)} are left: {' '.join(map(str, left))}, block by block"))
+    fields.append(("parameters", f"{found.parameters_before / 1e6:.1f} M -> {found.parameters / 1e6:.1f} M"))
+    _print_fields(14, [*fields, ("model", str(found.folder))])
+    return 0
+
+
 def run_export(args: Namespace) -> int:
     """Write a model as one ONNX file and print how far its logits are from torch's."""
     from edge_runtime.export import check_file, export_onnx

@@ -7,11 +7,11 @@ block) is measured once by the probe and comes in as a `Calibration`. Imports th
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Annotated
 
 from edge_runtime.codecs import update_bytes
@@ -45,7 +45,7 @@ class DataShape:
 
 def shape_of(histogram: Sequence[int]) -> DataShape:
     """The shape of data of which `histogram[n]` texts have n tokens."""
-    count, cumulated = sum(histogram), list(accumulate(histogram))
+    count, cumulated = sum(histogram), list(itertools.accumulate(histogram))
     quantiles = [bisect_right(cumulated, (i + 0.5) / QUANTILES * count) for i in range(QUANTILES)]
     longest = max(n for n, texts in enumerate(histogram) if texts)
     mean = sum(n * texts for n, texts in enumerate(histogram)) / count
@@ -129,7 +129,7 @@ class Trained:
     depth: int
     rank: int  # the largest of its adapters; 0 where the blocks themselves are trained
     total: int
-    one_block: int  # the most of one block, with the head
+    one_block: int  # the most of one block, with the head; blocks of a pruned model count by the most of each tensor
     largest: int  # of one tensor
     still: int = 0  # in adapters' A that stay as they are, beside the trained ones
     update: tuple[TensorSpec, ...] = ()  # what is sent
@@ -165,22 +165,28 @@ def trained(
 
     update = those(adapters)
     tensors = update if adapters else those("ab")
-    of_part: dict[int, int] = {}
-    for tensor in tensors:
-        of_part[tensor.part] = of_part.get(tensor.part, 0) + tensor.size
-    total, head = sum(of_part.values()), of_part.pop(spec.num_blocks, 0)
-    one_block = head + max(of_part.values(), default=0)
+    total, head = (sum(t.size for t in tensors if t.part >= first) for first in (EMBED, spec.num_blocks))
+    one_block = head + _one_block(spec, [t for t in tensors if t.part < spec.num_blocks])
     still = sum(t.size for t in those("ab")) - total if adapters == "b" else 0
     found = Trained(depth, max(ranks, default=0), total, one_block, max(t.size for t in tensors), still, update)
     return _with_mask(found, spec, settings, head) if settings.mask_every and depth else found
+
+
+def _one_block(spec: ModelSpec, tensors: Sequence[TensorSpec]) -> int:
+    """The most values of one block; the blocks of a pruned model take over each other's memory tensor by tensor."""
+    of_part: dict[int, list[int]] = {}
+    for tensor in tensors:
+        of_part.setdefault(tensor.part, []).append(tensor.size)
+    if any(share.work < 1 for share in block_shares(spec)):
+        return sum(map(max, itertools.zip_longest(*of_part.values(), fillvalue=0)))
+    return max(map(sum, of_part.values()), default=0)
 
 
 def _with_mask(what: Trained, spec: ModelSpec, settings: TrainSettings, head: int) -> Trained:
     """What is trained sparsely in the last `what.depth` blocks beside the `head` values of the head."""
     blocks = dict.fromkeys(range(spec.num_blocks - what.depth, spec.num_blocks), 1)
     matrices = [t for t, _ in adapted(spec, blocks, settings.lora_targets)]
-    dense = max(sum(t.size for t in matrices if t.part == part) for part in blocks)
-    made = max(sum(t.size for t in spec.tensors if t.part == part) for part in blocks)
+    dense, made = _one_block(spec, matrices), _one_block(spec, [t for t in spec.tensors if t.part in blocks])
     largest = max((t.size for t in matrices), default=0)
     masked, of_each = what.total - head, place_bytes(settings.mask_every)
     places = of_each * masked

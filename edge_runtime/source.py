@@ -209,11 +209,17 @@ def _text(path: Path) -> str:
 
 
 def save_folder(
-    out: Path, spec: ModelSpec, weights: Mapping[str, MappedTensor], tokenizer: Path, base: Path | None = None
+    out: Path,
+    spec: ModelSpec,
+    weights: Mapping[str, MappedTensor],
+    tokenizer: Path,
+    base: Path | None = None,
+    *,
+    has_head: bool = True,
 ) -> None:
     """Write a checkpoint folder: config.json, model.safetensors and tokenizer.json, which other tools read too.
 
-    With `base`, a checkpoint folder, only the tensors that are not that folder's are written, to delta.safetensors, and
+    Without `has_head` a model that knows no classes, as pretrained ones are. With `base`, a checkpoint folder, only the tensors that are not that folder's are written, to delta.safetensors, and
     config.json names it: only edge-runtime reads that, and only while the base stays as it is.
     """
     check_model_folder(out)
@@ -222,11 +228,13 @@ def save_folder(
         "model_type": spec.family.rsplit(".", 1)[-1],
         "edge_family": spec.family,
         "edge_max_length": spec.max_length,
-        "id2label": {str(i): label for i, label in enumerate(spec.labels)},
-        "label2id": {label: i for i, label in enumerate(spec.labels)},
     }
+    if has_head:
+        config["id2label"] = {str(i): label for i, label in enumerate(spec.labels)}
+        config["label2id"] = {label: i for i, label in enumerate(spec.labels)}
     if base is None:
-        write_safetensors(out / WEIGHTS_FILE, [(t.name, weights[t.name]) for t in spec.tensors])
+        tensors = [t for t in spec.tensors if has_head or t.part < spec.num_blocks]
+        write_safetensors(out / WEIGHTS_FILE, [(t.name, weights[t.name]) for t in tensors])
     else:
         _, there = load_family(spec.family).open_folder(base)
         changed = [(t.name, weights[t.name]) for t in spec.tensors if weights[t.name] != there.get(t.name)]

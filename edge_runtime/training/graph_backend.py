@@ -308,15 +308,16 @@ class GraphBackend:
             relative = name.removeprefix(GRADIENT)
             if full[relative] in masks:  # dense, until its entries are taken out of it
                 return self._pool.take(("dense", relative), shape)
-            return self._sums.place(full[relative], shape)
+            return self._sums.place(full[relative], shape, relative)
 
         with self._tensors(part) as tensors:
             found = self._graphs[graph].run_into({**kept, "d_out": gradient, **tensors}, place, wanted)
         before = found.pop("d_hidden", _NOTHING)
         for output, value in found.items():
-            name = full[output.removeprefix(GRADIENT)]
+            relative = output.removeprefix(GRADIENT)
+            name = full[relative]
             if name in masks:
-                self._sums.add_pieces(name, masks[name].shape, masks[name].gather(value))
+                self._sums.add_pieces(name, masks[name].shape, masks[name].gather(value), relative)
             else:
                 self._sums.add(name, value)
         return before

@@ -55,22 +55,30 @@ class Pool:
 class GradientSums:
     """Sums of gradients over micro-batches, by tensor; their memory is used again for the next block and step.
 
-    `place` gives the array that a gradient is to be written into, `add` counts it in.
+    `place` gives the array that a gradient is to be written into, `add` counts it in. Tensors of one role, or of one shape where
+    none is said, take over each other's memory, and it grows where it must: blocks of a pruned model differ in their widths.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Array] = {}
-        self._free: dict[tuple[int, ...], list[Array]] = {}
+        self._roles: dict[str, object] = {}  # of those that have a sum,
+        self._buffers: dict[str, Array] = {}  # and the flat memory that it begins in
+        self._free: dict[object, list[Array]] = {}  # flat
         self._scratch = Pool()
-        self._given: dict[tuple[int, ...], int] = {}  # scratch arrays of a shape that are in use
+        self._given: dict[object, int] = {}  # scratch arrays of a role that are in use
 
-    def place(self, name: str, shape: tuple[int, ...]) -> Array:
+    def place(self, name: str, shape: tuple[int, ...], role: str = "") -> Array:
         """For the first gradient of a tensor its sum itself, for a further one scratch memory."""
+        kind = role or shape
         if name in self._sums:
-            self._given[shape] = number = self._given.get(shape, 0) + 1
-            return self._scratch.take((shape, number), shape)
-        free = self._free.get(shape)
-        self._sums[name] = array = free.pop() if free else page_zeros(shape)
+            self._given[kind] = number = self._given.get(kind, 0) + 1
+            return self._scratch.take((kind, number), shape)
+        free, size = self._free.get(kind), math.prod(shape)
+        buffer = free.pop() if free else None
+        if buffer is None or buffer.size < size:
+            buffer = page_zeros((size,))
+        self._roles[name], self._buffers[name] = kind, buffer
+        self._sums[name] = array = buffer[:size].reshape(shape)
         return array
 
     def add(self, name: str, gradient: Array) -> None:
@@ -78,12 +86,12 @@ class GradientSums:
         total = self._sums[name]
         if gradient is not total:
             total += gradient
-            self._given[gradient.shape] -= 1
+            self._given[self._roles[name]] -= 1
 
-    def add_pieces(self, name: str, shape: tuple[int, ...], pieces: Iterable[Array]) -> None:
+    def add_pieces(self, name: str, shape: tuple[int, ...], pieces: Iterable[Array], role: str = "") -> None:
         """Count in a gradient that comes flat, a piece at a time; no scratch memory is needed."""
         first, start = name not in self._sums, 0
-        total = (self.place(name, shape) if first else self._sums[name]).reshape(-1)
+        total = (self.place(name, shape, role) if first else self._sums[name]).reshape(-1)
         for piece in pieces:
             part = total[start : start + piece.size]
             if first:
@@ -99,5 +107,5 @@ class GradientSums:
     def take(self, name: str) -> Array:
         """A tensor's sum, which the caller may overwrite until the next `place`; it is forgotten."""
         array = self._sums.pop(name)
-        self._free.setdefault(array.shape, []).append(array)
+        self._free.setdefault(self._roles.pop(name), []).append(self._buffers.pop(name))
         return array

@@ -200,6 +200,10 @@ def test_adapters_that_are_not_pairs_of_the_models_matrices_are_refused(bert_spe
 
 def test_a_model_of_an_allowed_family_is_taken_when_the_family_describes_it_so(bert_spec: ModelSpec) -> None:
     assert check_family(described(bert_spec), ("other", "edge_models.bert")) == bert_spec
+    blocks = bert_spec.num_blocks
+    config = bert.with_widths(bert_spec.config, [1] * blocks, range(2, 2 + blocks))
+    pruned = bert.describe(config, bert_spec.labels, bert_spec.max_length)
+    assert check_family(described(pruned), ("edge_models.bert",)) == pruned != bert_spec
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,137 @@
+"""A smaller model without any data or training, by the size of its weights: what `edge-runtime prune` does.
+
+Whole heads and channels go, those whose weights are smallest (magnitude pruning; heads and channels as Michel et al.,
+arXiv 1905.10650, and FedSpine, arXiv 2501.02438, take them), the same share of both. Not pruning in a fleet, which is guided by
+what devices train. Imports the pruning and the sources; no torch.
+
+Memory: some rows of one matrix while it chooses, one smaller tensor while it writes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_runtime.errors import UsageError
+from edge_runtime.model import ModelSpec
+from edge_runtime.pruning import CHANNELS, HEADS, Kept, block_widths, group_size, groups_of, pruned_spec, write_pruned
+from edge_runtime.source import DEFAULT_FAMILY, check_model_folder, find_checkpoint, open_source, save_folder
+from edge_runtime.store import cache_folder, make_folder
+from edge_runtime.weights import MappedTensor, release_pages
+
+Array = np.ndarray[Any, np.dtype[Any]]
+ROWS = 1 << 18  # values of a matrix that are read at once
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What came of it.
+
+    Attributes:
+        folder: the smaller model.
+        sparsity: the share of the parameters of the blocks' matrices that is gone.
+        widths_before, widths: heads and channels of each block.
+        parameters_before, parameters: of the whole model, embedding and head among them.
+    """
+
+    folder: Path
+    sparsity: float
+    widths_before: tuple[tuple[int, int], ...]
+    widths: tuple[tuple[int, int], ...]
+    parameters_before: int
+    parameters: int
+
+
+def prune(
+    model: str,
+    sparsity: float,
+    out: Path,
+    *,
+    family: str = DEFAULT_FAMILY,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Pruned:
+    """Write a model without the heads and channels of the smallest weights as a checkpoint folder.
+
+    Args:
+        model: a checkpoint folder, an alias, a hub id or an agent's folder; without a head it stays without.
+        sparsity: the share of heads, and of channels, that goes.
+        out: the folder to write.
+
+    Raises:
+        UsageError: whole heads and channels do not allow this sparsity, the family cannot be pruned, or `out` holds other things.
+        ModelError: there is no such model, or it is damaged.
+    """
+    if not 0 < sparsity < 1:  # NaN too
+        raise UsageError(f"the sparsity must be above 0 and below 1, it is {sparsity}")
+    check_model_folder(out)
+    checkpoint, cache = find_checkpoint(model, family=family, progress=progress), cache_folder()
+    source = open_source(checkpoint, ("no", "yes"), cache)
+    spec, kept = source.spec, by_magnitude(source.spec, source.weights, sparsity)
+    smaller = pruned_spec(spec, kept)
+    for folder in (cache, out):
+        make_folder(folder)
+    with tempfile.TemporaryDirectory(dir=cache, prefix="pruned.") as scratch:
+        weights = write_pruned(spec, kept, source.weights, Path(scratch) / "blocks.safetensors")
+        save_folder(out, smaller, weights, source.tokenizer, has_head=checkpoint.labels is not None)
+    parts = range(-1, spec.num_blocks + (checkpoint.labels is not None))
+    before, after = (sum(t.size for t in of.tensors if t.part in parts) for of in (spec, smaller))
+    widths = tuple(block_widths(spec)), tuple(block_widths(smaller))
+    return Pruned(out, kept.sparsity(spec), *widths, before, after)
+
+
+def by_magnitude(spec: ModelSpec, weights: Mapping[str, MappedTensor], sparsity: float) -> Kept:
+    """What is kept at this sparsity: the heads, and the channels, of the largest weights among all blocks.
+
+    A group's size is the sum of its absolute weights as a share of its block's. One of each stays in every block.
+
+    Raises:
+        UsageError: then too few groups would go; it says how far the model can be pruned.
+    """
+    scores: dict[str, list[Array]] = {}
+    for number, group in enumerate((HEADS, CHANNELS)):
+        scores[group] = [np.zeros(widths[number]) for widths in block_widths(spec)]
+    for tensor in spec.tensors:
+        groups = groups_of(spec, tensor)
+        if tensor.is_adapted and any(groups):
+            for group, values in zip(groups, _sums(weights[tensor.name]), strict=True):
+                if group:
+                    scores[group][tensor.part] += values.reshape(-1, group_size(spec, group)).sum(axis=1)
+    return Kept.of(*(_largest(of_blocks, sparsity, group) for group, of_blocks in scores.items()))
+
+
+def _sums(place: MappedTensor) -> tuple[Array, Array]:
+    """The sums of a matrix's absolute values by row and by column, float64."""
+    matrix = place.array()
+    rows, columns = np.zeros(matrix.shape[0]), np.zeros(matrix.shape[1])
+    step = max(1, ROWS // matrix.shape[1])
+    for start in range(0, matrix.shape[0], step):
+        values = np.abs(matrix[start : start + step])
+        rows[start : start + step] = values.sum(axis=1, dtype=np.float64)
+        columns += values.sum(axis=0, dtype=np.float64)
+    release_pages(matrix)
+    return rows, columns
+
+
+def _largest(scores: Sequence[Array], sparsity: float, what: str) -> list[Array]:
+    """One bool for each group of each block: whether it is among those that are kept."""
+    count = sum(s.size for s in scores)
+    left = count - int(sparsity * count + 0.5)
+    if left < len(scores):
+        most = 1 - len(scores) / count
+        raise UsageError(
+            f"a sparsity of {sparsity} would leave {left} of {count} {what}, fewer than the model's {len(scores)} blocks: "
+            f"at most {most:.3f} is possible"
+        )
+    shares = []
+    for values in scores:
+        share = values / max(values.sum(), 1e-30)
+        share[int(share.argmax())] = np.inf  # one of each block stays
+        shares.append(share)
+    kept = np.zeros(count, bool)
+    kept[np.argsort(-np.concatenate(shares), kind="stable")[:left]] = True
+    return np.split(kept, np.cumsum([s.size for s in shares])[:-1])
