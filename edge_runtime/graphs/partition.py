@@ -112,6 +112,7 @@ class _Sizes:
     def __init__(self, graph: onnx.GraphProto, usual: Mapping[str, Sequence[int]]) -> None:
         shapes = {v.name: v.type.tensor_type.shape.dim for v in [*graph.value_info, *graph.output, *graph.input]}
         self._shapes = shapes
+        self._known: dict[str, int] = {}  # of expressions, which take long to read
         self._symbols = {d.dim_param: n for d, n in zip(shapes["hidden"], (4, 128), strict=False) if d.dim_param}
         for name, sizes in usual.items():
             for d, n in zip(shapes.get(name, ()), sizes, strict=False):
@@ -123,13 +124,13 @@ class _Sizes:
         return sum(math.prod(self._dimension(d) for d in self._shapes[n]) for n in names)
 
     def _dimension(self, d: onnx.TensorShapeProto.Dimension) -> int:
-        if not d.dim_param:
-            return int(d.dim_value)
-        import sympy  # type: ignore[import-untyped]
+        if d.dim_param and d.dim_param not in self._known:
+            import sympy  # type: ignore[import-untyped]
 
-        symbols = {sympy.Symbol(k): v for k, v in self._symbols.items()}
-        value = sympy.sympify(d.dim_param, locals={str(k): k for k in symbols}).subs(symbols)
-        return int(value) if value.is_number else 8  # an adapter's rank
+            symbols = {sympy.Symbol(k): v for k, v in self._symbols.items()}
+            value = sympy.sympify(d.dim_param, locals={str(k): k for k in symbols}).subs(symbols)
+            self._known[d.dim_param] = int(value) if value.is_number else 8  # an adapter's rank
+        return self._known[d.dim_param] if d.dim_param else int(d.dim_value)
 
 
 def take_shape_from(model: onnx.ModelProto, name: str, other: str) -> None:
