@@ -10,22 +10,19 @@ Memory: some rows of one matrix while it chooses, one smaller tensor while it wr
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from edge_runtime.errors import UsageError
+from edge_runtime.importance import Scores, choose, sums
 from edge_runtime.model import ModelSpec
-from edge_runtime.pruning import CHANNELS, HEADS, Kept, block_widths, group_size, groups_of, pruned_spec, write_pruned
+from edge_runtime.pruning import CHANNELS, HEADS, Kept, block_widths, groups_of, pruned_spec, write_pruned
 from edge_runtime.source import DEFAULT_FAMILY, check_model_folder, find_checkpoint, open_source, save_folder
 from edge_runtime.store import cache_folder, make_folder
 from edge_runtime.weights import MappedTensor, release_pages
-
-Array = np.ndarray[Any, np.dtype[Any]]
-ROWS = 1 << 18  # values of a matrix that are read at once
 
 
 @dataclass(frozen=True)
@@ -92,46 +89,23 @@ def by_magnitude(spec: ModelSpec, weights: Mapping[str, MappedTensor], sparsity:
     Raises:
         UsageError: then too few groups would go; it says how far the model can be pruned.
     """
-    scores: dict[str, list[Array]] = {}
     for number, group in enumerate((HEADS, CHANNELS)):
-        scores[group] = [np.zeros(widths[number]) for widths in block_widths(spec)]
+        _check(sum(widths[number] for widths in block_widths(spec)), spec.num_blocks, sparsity, group)
+    scores, full = Scores(spec), Kept.full(spec)
     for tensor in spec.tensors:
-        groups = groups_of(spec, tensor)
-        if tensor.is_adapted and any(groups):
-            for group, values in zip(groups, _sums(weights[tensor.name]), strict=True):
-                if group:
-                    scores[group][tensor.part] += values.reshape(-1, group_size(spec, group)).sum(axis=1)
-    return Kept.of(*(_largest(of_blocks, sparsity, group) for group, of_blocks in scores.items()))
+        if tensor.is_adapted and any(groups_of(spec, tensor)):
+            matrix = weights[tensor.name].array()
+            no_adapter = np.zeros((0, matrix.shape[1])), np.zeros((matrix.shape[0], 0))
+            scores.add(tensor, *sums("magnitude", matrix, no_adapter, no_adapter, 0.0), full)
+            release_pages(matrix)
+    return choose(spec, full, scores, sparsity)
 
 
-def _sums(place: MappedTensor) -> tuple[Array, Array]:
-    """The sums of a matrix's absolute values by row and by column, float64."""
-    matrix = place.array()
-    rows, columns = np.zeros(matrix.shape[0]), np.zeros(matrix.shape[1])
-    step = max(1, ROWS // matrix.shape[1])
-    for start in range(0, matrix.shape[0], step):
-        values = np.abs(matrix[start : start + step])
-        rows[start : start + step] = values.sum(axis=1, dtype=np.float64)
-        columns += values.sum(axis=0, dtype=np.float64)
-    release_pages(matrix)
-    return rows, columns
-
-
-def _largest(scores: Sequence[Array], sparsity: float, what: str) -> list[Array]:
-    """One bool for each group of each block: whether it is among those that are kept."""
-    count = sum(s.size for s in scores)
+def _check(count: int, num_blocks: int, sparsity: float, what: str) -> None:
     left = count - int(sparsity * count + 0.5)
-    if left < len(scores):
-        most = 1 - len(scores) / count
+    if left < num_blocks:
+        most = 1 - num_blocks / count
         raise UsageError(
-            f"a sparsity of {sparsity} would leave {left} of {count} {what}, fewer than the model's {len(scores)} blocks: "
+            f"a sparsity of {sparsity} would leave {left} of {count} {what}, fewer than the model's {num_blocks} blocks: "
             f"at most {most:.3f} is possible"
         )
-    shares = []
-    for values in scores:
-        share = values / max(values.sum(), 1e-30)
-        share[int(share.argmax())] = np.inf  # one of each block stays
-        shares.append(share)
-    kept = np.zeros(count, bool)
-    kept[np.argsort(-np.concatenate(shares), kind="stable")[:left]] = True
-    return np.split(kept, np.cumsum([s.size for s in shares])[:-1])

@@ -124,6 +124,7 @@ def test_model_families_import_and_describe_without_torch() -> None:
         "plan",
         "train",
         "join",
+        "prune",
         "export",
         "predict",
         "serve",
