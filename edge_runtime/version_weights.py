@@ -9,15 +9,17 @@ Imports weights and the store; numpy inside functions, a mebibyte at a time.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_runtime.errors import StoreError
 from edge_runtime.layout import A, B
 from edge_runtime.model import ModelSpec
 from edge_runtime.store import disk_errors, make_folder
@@ -29,8 +31,12 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 FOLDER = "merged"  # below the cache folder
-KEEP = 4  # sets, the last used
+KEEP = 4  # sets, the last used; and for each process its own last ones, which others must not delete
 PIECE = 1 << 18  # values of a product in memory
+TRIES = 20  # of making a set that others delete
+_held: dict[
+    Path, int
+] = {}  # sets that this process may still open files of: their folders, locked, the last used at the end
 
 
 def merged(
@@ -54,11 +60,8 @@ def merged(
     if not pairs:
         return dict(weights)
     folder = cache / FOLDER / _key(pairs, weights, scale)
-    if not folder.is_dir():
-        _make(folder, pairs, weights, scale)
-    with contextlib.suppress(OSError):
-        os.utime(folder)
-        _evict(folder)
+    _held_or_made(folder, lambda: _make(folder, pairs, weights, scale))
+    _evict(folder)
     places = {n: MappedTensor(str(folder / str(i)), 0, weights[n].shape) for i, n in enumerate(pairs)}
     return {**weights, **places}
 
@@ -84,12 +87,10 @@ def left(
     made_from = [kept.hex(), [[t.name, *_place(weights[t.name], 2)] for t in spec.tensors]]
     path = cache / FOLDER / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32] / "left.safetensors"
     with disk_errors(path):
-        make_folder(path.parent)
+        _held_or_made(path.parent, lambda: make_folder(path.parent))
     if not path.is_file():
         write_pruned(spec, chosen, weights, path)
-    with contextlib.suppress(OSError):
-        os.utime(path.parent)
-        _evict(path.parent)
+    _evict(path.parent)
     return pruned_spec(spec, chosen), {**weights, **(read_safetensors(path) if path.is_file() else {})}
 
 
@@ -139,9 +140,49 @@ def _make(
             shutil.rmtree(draft, ignore_errors=True)
 
 
+def _held_or_made(folder: Path, make: Callable[[], None]) -> None:
+    for _ in range(TRIES):  # another process may delete it between
+        if _hold(folder):
+            return
+        make()
+    raise StoreError(f"{folder} cannot be made or opened: make its folder one that this user may write")
+
+
+def _hold(folder: Path) -> bool:
+    """Keep a set from being deleted by other processes, as long as it is among the last that this one used; -> whether it is there."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if not folder.is_dir() or os.fstat(descriptor).st_ino != folder.stat().st_ino:  # it was being deleted
+        os.close(descriptor)
+        return False
+    if folder in _held:
+        os.close(_held.pop(folder))
+    _held[folder] = descriptor
+    while len(_held) > KEEP:
+        os.close(_held.pop(next(iter(_held))))
+    return True
+
+
 def _evict(used: Path) -> None:
-    """Leave the sets that were last used, and no draft that is older than they are."""
-    sets = sorted(used.parent.iterdir(), key=lambda f: f.stat().st_mtime, reverse=True)
-    for folder in sets[KEEP:]:
-        if folder != used:
-            shutil.rmtree(folder, ignore_errors=True)
+    """Leave the sets that were last used and those that are held, and no draft that is older than they are."""
+    with contextlib.suppress(OSError):  # others delete and make them meanwhile
+        os.utime(used)
+        sets = sorted(used.parent.iterdir(), key=lambda f: f.stat().st_mtime, reverse=True)
+        for folder in sets[KEEP:]:
+            _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a set that nobody holds."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(descriptor)

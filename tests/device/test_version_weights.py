@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 
 from edge_models import bert
 from edge_runtime import version_weights
+from edge_runtime.errors import StoreError
 from edge_runtime.layout import A, B, layout
 from edge_runtime.records import CostRow, Plan, TrainSettings
 from edge_runtime.training.process import model_job
@@ -96,6 +100,40 @@ def test_a_few_sets_are_kept_and_the_one_in_use_is_among_them(world: World, tmp_
         found = merged(SPEC, world.weights, world.adapters, 1.0 + number, tmp_path)
         assert all(Path(t.path).exists() for t in found.values())
     assert len(list((tmp_path / "merged").iterdir())) == KEEP
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from edge_runtime.version_weights import _hold
+assert _hold(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_another_process_uses_is_not_deleted_before_it_ends(world: World, tmp_path: Path) -> None:
+    merged(SPEC, world.weights, world.adapters, SCALE, tmp_path)
+    (used,) = (tmp_path / "merged").iterdir()
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(used)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdin and other.stdout and other.stdout.readline() == b"held\n"
+    files = {path.name: path.read_bytes() for path in used.iterdir()}
+    for number in range(1, KEEP + 3):
+        merged(SPEC, world.weights, world.adapters, SCALE + number, tmp_path)
+    assert {path.name: path.read_bytes() for path in used.iterdir()} == files
+    other.stdin.close()
+    other.wait(10)
+    merged(SPEC, world.weights, world.adapters, 2 * SCALE, tmp_path)
+    assert not used.exists()
+
+
+def test_a_set_that_cannot_be_made_is_an_error_and_no_endless_attempt(world: World, tmp_path: Path) -> None:
+    merged(SPEC, world.weights, world.adapters, SCALE, tmp_path)
+    (made,) = (tmp_path / "merged").iterdir()
+    shutil.rmtree(made)
+    made.write_text("in the way")
+    with pytest.raises(StoreError, match="cannot be made"):
+        merged(SPEC, world.weights, world.adapters, SCALE, tmp_path)
 
 
 def test_a_set_that_was_cut_off_while_it_was_made_is_made_again(
