@@ -20,7 +20,6 @@ GAINS = {  # measured, by the share of the blocks that is trained: 0, a third, t
     "adapters": (0.0, 17.3, 24.1, 27.0),
     "entries": (0.0, 14.4, 25.7, 29.0),
 }
-NEAR = 1.0  # points: no difference, between figures with such an error
 Rows: TypeAlias = Sequence[CostRow]
 
 
@@ -115,11 +114,8 @@ def expected_gain(row: CostRow, num_blocks: int) -> float:
 
 
 def most_gain(rows: Rows, asker: Asker) -> CostRow | None:
-    """Of the rows within `NEAR` of the largest expected gain the one that sends least, the fastest among equals."""
-    num_blocks = asker.num_blocks
-    most = max((expected_gain(row, num_blocks) for row in rows), default=0.0)
-    near = [row for row in rows if expected_gain(row, num_blocks) >= most - NEAR]
-    return min(near, key=lambda r: (r.upload_bytes, r.epoch_s), default=None)
+    """The row of the largest expected gain; of equals the one that sends least, then the fastest."""
+    return min(rows, key=lambda r: (-expected_gain(r, asker.num_blocks), r.upload_bytes, r.epoch_s), default=None)
 
 
 def any_depth(rows: Rows, asker: Asker) -> list[CostRow]:

@@ -137,6 +137,7 @@ def test_auto_after_lora_begins_with_its_adapters_merged_and_lora_after_auto_ane
 # in real fleets
 
 CHANGES = {"lora_rank = 0": "lora_rank = 2", "sparse_density = 0.1": "sparse_density = 0.5"}
+WIDE = "40kB"  # all of one block takes more than half of the entries of both
 NARROW = "20kB"  # adapters of rank 2 in both blocks take 7,564 bytes; half of their entries 33,164, of one block 16,780
 
 
@@ -156,7 +157,7 @@ def test_a_simulation_that_is_stopped_and_a_fleet_whose_coordinator_is_killed_gi
     if (cache_folder() / "graphs").exists():
         shutil.copytree(cache_folder() / "graphs", cache / "graphs", dirs_exist_ok=True)
     data, classes, folder = tmp_path / "all.csv", tmp_path / "classes.toml", tmp_path / "sim"
-    classes.write_text(f'[wide]\nmemory = "2GB"\n[narrow]\nmemory = "2GB"\nupload = "{NARROW}"\n')
+    classes.write_text(f'[wide]\nmemory = "2GB"\nupload = "{WIDE}"\n[narrow]\nmemory = "2GB"\nupload = "{NARROW}"\n')
     with data.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label", "device"])
@@ -181,7 +182,7 @@ def test_a_simulation_that_is_stopped_and_a_fleet_whose_coordinator_is_killed_gi
     assert trained == [{"wide": (2, 0, 2), "narrow": (2, 2, 0)}] * 2
     _, last = newest(folder)
     assert last.version == 3 and not last.adapters
-    upload = [NARROW if d["class"] == "narrow" else "" for d in done[0]["devices"]]
+    upload = [NARROW if d["class"] == "narrow" else WIDE for d in done[0]["devices"]]
     fleet = Fleet(tmp_path, model, method="auto", cache=reference.cache, upload=upload)
     edit(fleet.fleet)
     with running(fleet):
