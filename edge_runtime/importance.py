@@ -20,7 +20,7 @@ from edge_runtime.pruning import HEADS, Kept, block_widths, cut_rows, group_size
 
 Array = np.ndarray[Any, np.dtype[Any]]
 SMOOTHED = 0.8  # of the importance so far, with what the newest steps say
-ROWS = 1 << 18  # values of a matrix worked on at once
+ROWS = 1 << 15  # values of a matrix worked on at once
 
 
 class Scores:

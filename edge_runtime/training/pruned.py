@@ -77,7 +77,6 @@ class PrunedTraining:
         self._scores = self._scored()
         kept = choose(self._whole, self.kept, self._scores, self._stages[step])
         if kept == self.kept:
-            self._began = self._copied()
             return
         old = {name: self._places(name) for name in self.backend.values()}
         self.kept = kept
@@ -116,19 +115,16 @@ class PrunedTraining:
             self._draft.with_name(f"{self._draft.name}.{what}-{self._number}") for what in ("weights", "start")
         ]
         weights = write_pruned(self._whole, self.kept, self._weights, self._files[0])
-        start = write_arrays(self._files[1], [(name, v.shape, partial(_same, v)) for name, v in values.items()])
+        self._began = start = write_arrays(
+            self._files[1], [(name, v.shape, partial(_same, v)) for name, v in values.items()]
+        )
         self.backend = self._make(self.spec, {**weights, **{n: t for n, t in start.items() if n in weights}}, start)
         for path in before:
             if path.name:
                 path.unlink(missing_ok=True)
-        self._began = self._copied()
-
-    def _copied(self) -> dict[str, Array]:
-        """A and B as they are."""
-        return {name: value.copy() for name, value in self.backend.values().items() if name in self._published}
 
     def _scored(self) -> Scores:
-        """Importance by what the steps since the last stage changed, smoothed with that before."""
+        """Importance by what the steps since this backend began have changed, smoothed with that before."""
         found, values, weights = Scores(self._whole), self.backend.values(), self._weights
         for name in values:
             stem = name.removesuffix(A)
@@ -137,8 +133,9 @@ class PrunedTraining:
             tensor = self._tensors[stem + ".weight"]
             whole = weights[tensor.name].array()
             weight = cut(whole, *cut_rows(self._whole, self.kept, tensor))
-            pairs = [(of[stem + A], of[stem + B]) for of in (self._began, values)]
-            found.add(tensor, *sums(self._rule, weight, pairs[0], pairs[1], self._scale), self.kept)
+            a, b = values[stem + A], values[stem + B]
+            began = self._began[stem + A].array()[: len(a)], self._began[stem + B].array()[:, : len(a)]
+            found.add(tensor, *sums(self._rule, weight, began, (a, b), self._scale), self.kept)
             release_pages(whole)
         return found.blended(self._scores)
 
