@@ -111,6 +111,7 @@ def test_both_commands_have_their_commands(flags: dict[str, dict[str, set[str]]]
         "plan",
         "train",
         "join",
+        "prune",
         "export",
         "predict",
         "serve",
