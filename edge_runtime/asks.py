@@ -188,9 +188,7 @@ ONLY_B = Ask("adapters", all_blocks_of_rank, fastest, "b")
 ADAPTERS_OF_SUFFIX = Ask("adapters", of_rank, deepest, "ab")
 WIDEST = Ask("adapters", all_blocks, widest, "ab")
 MOST_GAIN = Ask("any", any_depth, most_gain, FRESH)
-PRUNED = Ask(
-    "adapters", all_blocks, widest, "ab", "how far the device prunes meanwhile, with `fedspine` also a lower rank"
-)
+PRUNED = Ask("adapters", all_blocks, widest, "ab", "a lower rank, and how far each device prunes")
 GRADED = Ask("adapters", by_depth, deepest, "ab", "fewer blocks where other devices would have to wait")
 
 ASKS: dict[str, Asks] = {
@@ -220,7 +218,9 @@ ASKS: dict[str, Asks] = {
         graded=True,
     ),
     "auto": Asks("a suffix in full, adapters or masked entries of it: what promises most within the budgets", (MOST_GAIN,)),
-    "fedspine": Asks("heads and channels are pruned while adapters train; a bandit says how far (FedSpine)", (PRUNED,)),
-    "prune-magnitude": Asks("as fedspine, all devices alike, by the magnitude of what goes", (PRUNED,)),
-    "prune-oneshot": Asks("as fedspine, all devices alike, all at once in the first round (LLM-Pruner)", (PRUNED,)),
+    "fedspine": Asks(
+        "heads and channels are pruned while adapters train, as far as a bandit chooses (FedSpine)", (PRUNED,)
+    ),
+    "prune-magnitude": Asks("as fedspine, all devices alike, by the magnitude of what goes", (WIDEST,)),
+    "prune-oneshot": Asks("as fedspine, all devices alike, all at once in the first round (LLM-Pruner)", (WIDEST,)),
 }  # fmt: skip

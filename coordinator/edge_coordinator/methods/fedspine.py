@@ -15,15 +15,22 @@ the run's seed, the round and the device's name alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
 
 from edge_coordinator.methods import bandit, pruned
-from edge_coordinator.methods.method import Aggregate, Choice, Cohort, Collected, Configure, Method, Report, State
+from edge_coordinator.methods.method import (
+    Aggregate,
+    Change,
+    Choice,
+    Cohort,
+    Collected,
+    Configure,
+    Method,
+    Report,
+    State,
+)
 from edge_runtime.asks import ASKS
-from edge_runtime.records import CostRow
 
 BY = "lora"
 EVEN = 0.1  # added to how far a device's time is from the mean
@@ -44,18 +51,13 @@ def configure(state: State, cohort: Cohort) -> tuple[Mapping[str, Choice], State
         tree = trees.get(device) or bandit.new_tree()
         point, trees[device] = bandit.choose(tree, cohort.number, min(1.0, has / sparsity), draw)
         share = 1.0 if cohort.number >= last else point[0]
-        to, row = max(has, share * sparsity), _row_of(rows, point[1], cohort.settings.lora_rank)
-        choices[device] = Choice(row, pruning=pruned.pruning(state, device, to, BY))
+        row = max(rows, key=lambda r: (r.rank, -r.epoch_s))  # the largest that fits, which serves a lower one
+        rank = min(1 + int(point[1] * cohort.settings.lora_rank), row.rank)
+        to = max(has, share * sparsity)
+        ranks = (rank,) * cohort.num_blocks
+        choices[device] = Choice(row, ranks=ranks, pruning=pruned.pruning(state, device, to, BY))
         asked[device] = {"to": to, "point": [share, point[1]]}
     return choices, {**state, "trees": trees, "asked": asked, "prune_rounds": last}
-
-
-def _row_of(rows: list[CostRow], share: float, most: int) -> CostRow:
-    """The fastest row that serves a rank, with that rank: `share` of the run's, no more than fits the device."""
-    rank = min(1 + int(share * most), most, max(row.rank for row in rows))
-    serving = min(row.rank for row in rows if row.rank >= rank)
-    row = min((row for row in rows if row.rank == serving), key=lambda row: row.epoch_s)
-    return replace(row, rank=rank)
 
 
 def _draw(seed: int, number: int, device: str, side: int) -> float:
@@ -64,7 +66,7 @@ def _draw(seed: int, number: int, device: str, side: int) -> float:
     return int.from_bytes(digest[:6], "big") / (1 << 48)
 
 
-def aggregate(state: State, collected: Collected) -> tuple[Any, State]:
+def aggregate(state: State, collected: Collected) -> tuple[Iterator[Change], State]:
     """The next adapters, and what the bandit learns."""
     shares = pruned.shares(collected)
     after = pruned.remembered(state, collected, shares)
@@ -93,7 +95,8 @@ def rewards(
 def method(name: str, configure: Configure, aggregate: Aggregate) -> Method:
     """A method that prunes."""
     asks = ASKS[name]
-    return Method(asks.summary, configure, aggregate, adapters="ab", keeps_updates=True, remakes_adapters=True, prunes=True, kept=pruned.kept)  # fmt: skip
+    return Method(asks.summary, configure, aggregate, adapters="ab", keeps_updates=True, remakes_adapters=True, rank=asks.rank,
+                  prunes=True, kept=pruned.kept)  # fmt: skip
 
 
 METHOD = method("fedspine", configure, aggregate)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from edge_coordinator.methods import pruned
 from edge_coordinator.methods.fedspine import method
 from edge_coordinator.methods.method import Change, Choice, Cohort, Collected, Configure, State, by_ask
-from edge_runtime.asks import PRUNED
+from edge_runtime.asks import WIDEST
 
 
 def _by(rule: str, once: bool) -> Configure:
@@ -23,7 +23,7 @@ def _by(rule: str, once: bool) -> Configure:
     def configure(state: State, cohort: Cohort) -> tuple[Mapping[str, Choice], State]:
         last = 1 if once else pruned.prune_rounds(state, cohort.options)
         share = 1 - (1 - min(1.0, cohort.number / last)) ** 3
-        rows, _ = by_ask(PRUNED)(state, cohort)
+        rows, _ = by_ask(WIDEST)(state, cohort)
         choices, asked = {}, {}
         for device, choice in sorted(rows.items()):
             if choice.row is None:
