@@ -33,7 +33,14 @@ class Instant:
         Path(self._job["update"]).write_bytes(bytes(row["upload_bytes"]))
         report = {**numbers, **{key: row[key] for key in ("depth", "checkpointing", "micro_batch", "backend")}}
         held = len(np.load(Path(self._job["corpus"]) / "labels.npy"))
-        report |= {"num_examples": held, "precision": "float32", "cached": False, "codec": "f32", "accuracy": None}
+        report |= {
+            "num_examples": held,
+            "precision": "float32",
+            "cached": False,
+            "codec": "f32",
+            "accuracy": None,
+            "kept": "",
+        }
         return {"result": {"report": {**report, "rank": 0}}}
 
     def close(self) -> None:
