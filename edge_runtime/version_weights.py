@@ -79,7 +79,8 @@ def left(
         WireError: that is not of this model; UsageError: it cannot be pruned; StoreError: as `merged`.
     """
     from edge_runtime.prune_plan import kept_of
-    from edge_runtime.pruning import pruned_spec, write_pruned
+    from edge_runtime.pruned_weights import write_pruned
+    from edge_runtime.pruning import pruned_spec
 
     if not kept:
         return spec, dict(weights)

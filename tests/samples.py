@@ -36,6 +36,9 @@ from edge_runtime.wire import (
     encode,
 )
 
+DEVICE_COMMANDS = (
+    "", "profile", "plan", "train", "join", "prune", "export", "predict", "serve", "ask", "models", "doctor", "service",
+)  # fmt: skip
 BOOT = bytes.fromhex("b007b007b007b007")
 NONCE = bytes(range(16))
 BLOB = hashlib.sha256(b"blob").digest()

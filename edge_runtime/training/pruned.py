@@ -20,7 +20,8 @@ from edge_runtime.importance import Scores, choose, sums
 from edge_runtime.layout import A, B, scale
 from edge_runtime.model import ModelSpec
 from edge_runtime.prune_plan import kept_of, sent, stages
-from edge_runtime.pruning import cut, cut_rows, pruned_spec, write_pruned
+from edge_runtime.pruned_weights import write_pruned
+from edge_runtime.pruning import cut, cut_rows, pruned_spec
 from edge_runtime.records import Plan
 from edge_runtime.training.loop import Backend
 from edge_runtime.weights import MappedTensor, release_pages, write_arrays

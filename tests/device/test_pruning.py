@@ -13,6 +13,7 @@ from edge_models import bert
 from edge_runtime import pruning
 from edge_runtime.errors import ModelError, WireError
 from edge_runtime.model import ModelSpec
+from edge_runtime.pruned_weights import write_pruned
 from edge_runtime.pruning import Kept
 from edge_runtime.weights import read_safetensors
 from tests.networks import bert_spec, write_weights
@@ -112,7 +113,7 @@ def test_the_smaller_tensors_are_one_file_and_the_others_stay(tmp_path: Path) ->
     weights = write_weights(SPEC, tmp_path / "weights.f32")
     full = np.ones(4, bool), np.ones(20, bool)
     kept = Kept.of([full[0], np.arange(4) > 1, full[0]], [full[1], np.arange(20) > 1, full[1]])
-    found = pruning.write_pruned(SPEC, kept, weights, tmp_path / "pruned.safetensors")
+    found = write_pruned(SPEC, kept, weights, tmp_path / "pruned.safetensors")
     written = read_safetensors(tmp_path / "pruned.safetensors")
     changed = {name for name in found if found[name] != weights[name]}
     assert changed == set(written) and all(found[n] == written[n] for n in written)
@@ -132,7 +133,7 @@ def test_a_pruned_network_is_the_whole_one_with_zeros(tmp_path: Path) -> None:
     weights = write_weights(SPEC, tmp_path / "weights.f32")
     kept = Kept.of([np.arange(4) > b for b in range(3)], [np.arange(20) % (b + 2) > 0 for b in range(3)])
     spec = pruning.pruned_spec(SPEC, kept)
-    small = pruning.write_pruned(SPEC, kept, weights, tmp_path / "pruned.safetensors")
+    small = write_pruned(SPEC, kept, weights, tmp_path / "pruned.safetensors")
     whole = {n: torch.from_numpy(np.array(t.array())) for n, t in weights.items()}
     for tensor in SPEC.tensors:
         _, columns = pruning.cut_rows(SPEC, kept, tensor)

@@ -24,6 +24,7 @@ import numpy as np
 from edge_coordinator.fleet import Fleet as FleetFolder
 from edge_coordinator.fleet import init
 from edge_coordinator.models import Models
+from edge_coordinator.sim.simulation import SimOptions, Simulation
 from edge_models import hub
 from edge_runtime.weights import MappedTensor, write_safetensors
 
@@ -244,3 +245,9 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def run_for(folder: Path, options: SimOptions, events: int) -> None:
+    """Until so many things have happened, or the end."""
+    seen: list[dict[str, Any]] = []
+    Simulation(folder, options, progress=seen.append, say=print, keep_going=lambda: len(seen) < events).run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,16 @@ ADAPTERS = [name for name, method in METHODS.items() if method.adapters and not 
 
 def manifest(world: World) -> Manifest:
     return world.server.run.manifest
+
+
+def to_the_end(world: World, devices: Sequence[FakeDevice]) -> Manifest:
+    """Until the run is finished; -> its last version."""
+    for _ in range(300):
+        world.step(*devices, times=1)
+        if world.kinds("run-finished"):
+            break
+    assert world.kinds("run-finished"), world.events[-5:]
+    return manifest(world)
 
 
 def array(world: World, name: str, of: Manifest | None = None) -> np.ndarray:  # type: ignore[type-arg]

@@ -13,13 +13,12 @@ import pytest
 from edge_coordinator.fleet import init
 from edge_coordinator.sim.simulation import SimOptions, Simulation
 from edge_runtime.layout import MASKED, layout
-from edge_runtime.manifest import Manifest
 from edge_runtime.records import CostRow
 from edge_runtime.store import cache_folder
 from tests.e2e.conftest import Reference
 from tests.e2e.fleets import LABELS, Fleet, running, write_data
 from tests.e2e.local import FakeDevice, World
-from tests.e2e.test_adapter_protocol import array, begin_again, manifest, random_update
+from tests.e2e.test_adapter_protocol import array, begin_again, manifest, random_update, to_the_end
 from tests.e2e.test_adapters import bits, newest
 
 QUERY = "encoder.layer.1.attention.self.query.weight"
@@ -45,15 +44,6 @@ def device(world: World, number: int, kind: str, *depths: int, **how: Any) -> Fa
 
 def three(world: World) -> list[FakeDevice]:
     return [device(world, 0, "blocks", 1), device(world, 1, "entries", 1, 2), device(world, 2, "adapters", 1, 2)]
-
-
-def to_the_end(world: World, devices: list[FakeDevice]) -> Manifest:
-    for _ in range(200):
-        world.step(*devices, times=1)
-        if world.kinds("run-finished"):
-            break
-    assert world.kinds("run-finished"), world.events[-5:]
-    return manifest(world)
 
 
 def test_every_kind_is_granted_in_one_round_and_no_version_has_adapters(tmp_path: Path, model: Path) -> None:

@@ -14,13 +14,13 @@ import pytest
 from edge_coordinator.cli import main
 from edge_coordinator.fleet import Fleet as FleetFolder
 from edge_coordinator.fleet import init
-from edge_coordinator.sim.simulation import SimOptions, Simulation
+from edge_coordinator.sim.simulation import SimOptions
 from edge_runtime.predict import evaluate
 from edge_runtime.prune_plan import kept_of
 from edge_runtime.pruning import pruned_spec
 from edge_runtime.store import cache_folder
 from tests.e2e.conftest import Reference
-from tests.e2e.fleets import LABELS, Fleet, running, write_data
+from tests.e2e.fleets import LABELS, Fleet, run_for, running, write_data
 from tests.e2e.test_adapters import bits, newest
 from tests.e2e.test_crashes import crash_and_restart
 
@@ -55,15 +55,9 @@ def simulate(folder: Path, model: Path, data: Path, cache: Path, stops: tuple[in
         patched.setenv("EDGE_CACHE", str(cache))
         for stop in stops:
             with pytest.raises(KeyboardInterrupt):
-                _run(folder, options, stop)
-        _run(folder, options, 1000)
+                run_for(folder, options, stop)
+        run_for(folder, options, 1000)
     return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-
-
-def _run(folder: Path, options: SimOptions, events: int) -> None:
-    """Until so many things have happened, or the end."""
-    seen: list[dict[str, Any]] = []
-    Simulation(folder, options, progress=seen.append, say=print, keep_going=lambda: len(seen) < events).run()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,12 @@ from edge_coordinator.cli import main
 from edge_coordinator.methods import METHODS
 from edge_runtime.errors import UsageError
 from edge_runtime.importance import Scores, choose
-from edge_runtime.manifest import Manifest
 from edge_runtime.model import ModelSpec
 from edge_runtime.prune_plan import kept_of
 from edge_runtime.pruning import Kept, pruned_spec
 from edge_runtime.wire import Offer
 from tests.e2e.local import FakeDevice, World, rows
-from tests.e2e.test_adapter_protocol import array, begin_again, manifest, random_update
+from tests.e2e.test_adapter_protocol import array, begin_again, manifest, random_update, to_the_end
 
 TABLE = (*rows(0, 1, 2), *rows(1, 2, rank=8), *rows(1, 2, rank=4), *rows(1, 2, rank=2))
 PRUNING = [name for name, method in METHODS.items() if method.prunes]
@@ -47,15 +46,6 @@ def device(world: World, number: int, **how: Any) -> FakeDevice:
     usual = {"table": TABLE, "examples": 10 + 20 * number, "update": update, "keep": keeper(number)}
     one = FakeDevice(world, f"device-{number}", **{**usual, **how})
     return one
-
-
-def to_the_end(world: World, devices: Sequence[FakeDevice]) -> Manifest:
-    for _ in range(300):
-        world.step(*devices, times=1)
-        if world.kinds("run-finished"):
-            break
-    assert world.kinds("run-finished"), world.events[-5:]
-    return manifest(world)
 
 
 @pytest.mark.parametrize("method", PRUNING)

@@ -19,7 +19,7 @@ from edge_runtime.masks import indices
 from edge_runtime.records import TrainSettings
 from edge_runtime.weights import read_safetensors
 from tests.e2e.local import FakeDevice, World, rows
-from tests.e2e.test_adapter_protocol import array, begin_again, manifest, random_update
+from tests.e2e.test_adapter_protocol import array, begin_again, manifest, random_update, to_the_end
 
 Array = np.ndarray[Any, np.dtype[Any]]
 RANK = 10
@@ -49,15 +49,6 @@ def until(world: World, devices: Sequence[FakeDevice], opened: int) -> Manifest:
     """Let a round open; -> the model that it begins with."""
     while not any(e["round"] >= opened for e in world.kinds("round-opened")):
         world.step(*devices, times=1)
-    return manifest(world)
-
-
-def to_the_end(world: World, devices: Sequence[FakeDevice]) -> Manifest:
-    for _ in range(200):
-        world.step(*devices, times=1)
-        if world.kinds("run-finished"):
-            break
-    assert world.kinds("run-finished"), world.events[-5:]
     return manifest(world)
 
 

@@ -13,10 +13,10 @@ import pytest
 
 from edge_coordinator.fleet import Fleet as FleetFolder
 from edge_coordinator.fleet import init
-from edge_coordinator.sim.simulation import SimOptions, Simulation
+from edge_coordinator.sim.simulation import SimOptions
 from edge_runtime.store import cache_folder
 from tests.e2e.conftest import Reference
-from tests.e2e.fleets import LABELS, Fleet, running, write_data
+from tests.e2e.fleets import LABELS, Fleet, run_for, running, write_data
 from tests.e2e.test_adapters import bits, newest
 
 CODEC = "topk10"  # with error feedback, which must not reach from one stage into the next
@@ -53,8 +53,8 @@ def simulate(
         patched.setenv("EDGE_CACHE", str(cache))
         for stop in stops:
             with pytest.raises(KeyboardInterrupt):
-                _run(folder, options, stop)
-        _run(folder, options, 1000)
+                run_for(folder, options, stop)
+        run_for(folder, options, 1000)
     return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
 
 
@@ -65,12 +65,6 @@ def edit(folder: Path, changes: Mapping[str, str]) -> None:
         assert old in text
         text = text.replace(old, new)
     (folder / "fleet.toml").write_text(text)
-
-
-def _run(folder: Path, options: SimOptions, events: int) -> None:
-    """Until so many things have happened, or the end."""
-    seen: list[dict[str, Any]] = []
-    Simulation(folder, options, progress=seen.append, say=print, keep_going=lambda: len(seen) < events).run()
 
 
 @pytest.fixture(scope="module")

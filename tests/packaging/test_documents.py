@@ -23,6 +23,7 @@ from edge_runtime import wire
 from edge_runtime.credentials import DeviceSection
 from edge_runtime.errors import EdgeError
 from edge_runtime.records import Budget, CostRow, Plan, Pruning, TrainReport, TrainSettings
+from tests.samples import DEVICE_COMMANDS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -105,22 +106,7 @@ def mentions(document: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def test_both_commands_have_their_commands(flags: dict[str, dict[str, set[str]]]) -> None:
-    device_commands = {
-        "",
-        "profile",
-        "plan",
-        "train",
-        "join",
-        "prune",
-        "export",
-        "predict",
-        "serve",
-        "ask",
-        "models",
-        "doctor",
-        "service",
-    }
-    assert set(flags["edge-runtime"]) == device_commands
+    assert set(flags["edge-runtime"]) == set(DEVICE_COMMANDS)
     assert set(flags["edge-coordinator"]) == {
         "",
         "init",

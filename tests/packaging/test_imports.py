@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.samples import DEVICE_COMMANDS
+
 ROOT = Path(__file__).parents[2]
 ROOTS = {"edge_runtime": ROOT / "edge_runtime", "edge_coordinator": ROOT / "coordinator" / "edge_coordinator"}
 NEEDS_TORCH = (
@@ -116,25 +118,7 @@ def test_model_families_import_and_describe_without_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "",
-        "profile",
-        "plan",
-        "train",
-        "join",
-        "prune",
-        "export",
-        "predict",
-        "serve",
-        "ask",
-        "models",
-        "doctor",
-        "service",
-        "models use",
-    ],
-)
+@pytest.mark.parametrize("command", [*DEVICE_COMMANDS, "models use"])
 def test_help_works_without_torch(command: str) -> None:
     done = python(MAIN, *command.split(), "--help")
     assert done.returncode == 0, done.stderr
