@@ -210,6 +210,7 @@ def _add_predict(commands: Commands) -> None:
     predict.add_argument("--evaluate", type=Path, metavar="DATA", help="print the accuracy on a labelled file instead")
     predict.add_argument("--top", type=_count, default=1, help="labels to show for each text (%(default)s)")
     predict.add_argument("--threads", type=_count, help="threads (default: physical cores)")
+    _long_flag(predict)
     family = "module that knows the architecture of a folder from `train` (%(default)s)"
     predict.add_argument("--family", default=DEFAULT_FAMILY, help=family)
     _data_flags(predict)
@@ -267,6 +268,13 @@ def _unit_flags(action: argparse.ArgumentParser) -> None:
     action.add_argument("--cpu-quota", default="", help=quota)
 
 
+def _long_flag(action: argparse.ArgumentParser) -> None:
+    what = (
+        "texts of more tokens than the model reads at once: read the start, or all in windows and average (%(default)s)"
+    )
+    action.add_argument("--long", choices=("truncate", "window"), default="truncate", help=what)
+
+
 def _add_serve(commands: Commands) -> None:
     serve = _parser(
         commands,
@@ -288,6 +296,7 @@ def _add_serve(commands: Commands) -> None:
     )
     serve.add_argument("--adapter", type=Path, metavar="FOLDER", help=MERGED)
     serve.add_argument("--threads", type=_count, help="threads of one answer (default: physical cores)")
+    _long_flag(serve)
     family = "module that knows the architecture of a folder from `train` (%(default)s)"
     serve.add_argument("--family", default=DEFAULT_FAMILY, help=family)
     serve.set_defaults(run=do.run_serve)

@@ -327,11 +327,14 @@ def run_predict(args: Namespace) -> int:
         raise UsageError(
             f"predict takes texts, --file or --evaluate, not {' and '.join(given)} together: leave out one"
         )
-    predictor = Predictor(args.model, args.threads, family=args.family, adapter=args.adapter, progress=note)
+    predictor = Predictor(
+        args.model, args.threads, family=args.family, adapter=args.adapter, long=args.long, progress=note
+    )
     if predictor.metadata.get("model_version") == "1":
         note("this is the fleet's model 1, from before the first round")
     if args.evaluate:
         _print_accuracy(predictor, args)
+        _warn_of_long(predictor, args.long)
         return 0
     file = None if args.file == Path("-") else args.file
     texts = iter(args.text) if args.text else iter_texts(file or sys.stdin.buffer)
@@ -344,7 +347,15 @@ def run_predict(args: Namespace) -> int:
             batch = []
             _refresh(predictor)
     _print_predictions(predictor, batch, args)
+    _warn_of_long(predictor, args.long)
     return 0
+
+
+def _warn_of_long(predictor: Predictor, long: str) -> None:
+    if predictor.num_truncated:
+        what = "" if long == "window" else ": --long window reads on, and averages"
+        read = f"{predictor.max_length} tokens" if long != "window" else "was read of them"
+        note(f"texts that have more than {read}, of which the rest did not count: {predictor.num_truncated}{what}")
 
 
 def _refresh(predictor: Predictor) -> None:
@@ -372,7 +383,8 @@ def _print_predictions(predictor: Predictor, texts: Sequence[str], args: Namespa
         best = sorted(found.probabilities.items(), key=lambda item: -item[1])
         if args.json:
             record = {"text": text, "label": found.label, "probability": found.probability}
-            print_json(record | {"probabilities": dict(best), "model_version": found.model_version})
+            record |= {"probabilities": dict(best), "model_version": found.model_version}
+            print_json(record | {"truncated": found.truncated, "windows": found.windows})
         else:
             shown = ", ".join(f"{label} {100 * p:.1f} %" for label, p in best[: args.top])
             print(f"{shown}\t{text if len(text) <= 100 else text[:97] + '...'}")

@@ -140,6 +140,11 @@ class Api:
                 "edge_runtime_model_loaded_timestamp_seconds": ("gauge", "When it took over.", model.loaded_at),
                 "edge_runtime_swaps_total": ("counter", "Versions that took over.", model.swaps),
                 "edge_runtime_refused_versions": ("gauge", "Versions here that do not answer.", len(model.refused)),
+                "edge_runtime_truncated_texts_total": (
+                    "counter",
+                    "Texts of which a rest was not read.",
+                    model.num_truncated,
+                ),
                 "edge_runtime_waiting_requests": ("gauge", "Requests that are not answered yet.", self._waiting),
                 "edge_runtime_connections": ("gauge", "Open connections.", self.num_connections()),
                 "process_start_time_seconds": ("gauge", "When this process began to serve.", self._started_at),
@@ -177,6 +182,7 @@ def _record(found: Prediction) -> dict[str, Any]:
         "probability": found.probability,
         "probabilities": dict(found.probabilities),
         "model_version": found.model_version,
+        "truncated": found.truncated,
     }
 
 

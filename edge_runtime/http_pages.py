@@ -55,6 +55,7 @@ def openapi(max_texts: int) -> dict[str, Any]:
                 "probability": share,
                 "probabilities": {"type": "object", "additionalProperties": share},
                 "model_version": version,
+                "truncated": {"type": "boolean", "description": "the text has more tokens than were read"},
             }
         ),
         "Predictions": _object({"predictions": {"type": "array", "items": _schema("Prediction")}}),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import BadVersion, EdgeError, StoreError
-from edge_runtime.predict import Prediction, Predictor
+from edge_runtime.predict import TRUNCATE, Prediction, Predictor
 from edge_runtime.versions import (
     Held,
     Stamp,
@@ -53,6 +53,7 @@ class LiveModel:
         *,
         family: str | None = None,
         adapter: Path | None = None,
+        long: str = TRUNCATE,
         progress: Callable[[str], None] = lambda line: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -71,7 +72,7 @@ class LiveModel:
         self._seen: Stamp = None
         self._retry_at = 0.0
         self._predictor = self._open(
-            lambda: Predictor(path, threads, family=family, adapter=adapter, progress=progress)
+            lambda: Predictor(path, threads, family=family, adapter=adapter, long=long, progress=progress)
         )
         self._took_over(self._predictor)
         if self._folder:
@@ -86,6 +87,11 @@ class LiveModel:
     def max_length(self) -> int:
         """Tokens after which it cuts a text."""
         return self._predictor.max_length
+
+    @property
+    def num_truncated(self) -> int:
+        """Texts so far of which a rest was not read."""
+        return self._predictor.num_truncated
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
         """As `Predictor.predict`."""

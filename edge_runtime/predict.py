@@ -18,7 +18,7 @@ import itertools
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,8 @@ FORMAT = "edge-runtime 1"  # of the metadata in an exported file
 BATCH_TOKENS = 512  # padded tokens in one internal batch; more gains no speed on a CPU
 MAX_LENGTH = 1 << 17
 WINDOW_TEXTS = 1024  # texts that are tokenized and sorted by length together
+MAX_WINDOWS = 256  # of one long text: some seconds
+TRUNCATE, WINDOW = LONG = ("truncate", "window")  # what becomes of texts of more tokens than the model reads at once
 TRIALS = ("", "Hello.", "How far is it from Denver to Aspen ?", "a river in the mountains " * 40)  # of a newer version
 INPUTS = ("input_ids", "attention_mask")
 OUTPUT = "logits"
@@ -63,16 +65,24 @@ class Prediction:
 
     Attributes:
         model_version: of the fleet's model that answered; None for a model of no fleet.
+        truncated: whether the text has more than what was read of it.
+        windows: parts of the text whose probabilities this is the mean of, each weighted with its tokens.
     """
 
     label: str
     probability: float
     probabilities: Mapping[str, float]
     model_version: int | None = None
+    truncated: bool = False
+    windows: int = 1
 
 
 class Predictor:
-    """A model, ready to use; safe to call from several threads."""
+    """A model, ready to use; safe to call from several threads.
+
+    Attributes:
+        num_truncated: texts so far of which a rest was not read.
+    """
 
     def __init__(
         self,
@@ -81,6 +91,7 @@ class Predictor:
         *,
         family: str | None = None,
         adapter: str | Path | None = None,
+        long: str = TRUNCATE,
         progress: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Load an exported file, a checkpoint folder that has a head, or the version that answers of an agent's folder.
@@ -89,13 +100,20 @@ class Predictor:
             threads: None takes one for each physical core.
             family: module that knows the architecture of a checkpoint folder (default: BERT's).
             adapter: a folder with LoRA adapters to add in, ours or PEFT's; the model may then be a base, by alias too.
+            long: `truncate` reads the first `max_length` tokens of a text, `window` up to `MAX_WINDOWS` parts of so many
+                that overlap by a quarter.
             progress: gets lines of text, should the folder's graphs have to be derived first (tens of seconds, once).
 
         Raises:
             ModelError: it is missing, damaged, a file that was not exported by edge-runtime, or a folder without a head.
             BadVersion: a `ModelError` of a version in an agent's folder.
             MissingExtra: the folder's graphs are not known here and cannot be derived without torch.
+            UsageError: `long` is something else.
         """
+        if long not in LONG:
+            raise UsageError(f"long is {' or '.join(LONG)}, it is {long!r}")
+        self.num_truncated = 0
+        self._long, self._counting = long, threading.Lock()
         self._path, self._threads, self._progress = Path(path), threads, progress
         self._family, self._loading = family, threading.Lock()
         self._adapter = Path(adapter) if adapter else None
@@ -176,7 +194,9 @@ class Predictor:
         version = self._version
         found: list[Prediction] = []
         for start in range(0, len(texts), WINDOW_TEXTS):
-            found += version.predict(texts[start : start + WINDOW_TEXTS])
+            found += version.predict(texts[start : start + WINDOW_TEXTS], self._long)
+        with self._counting:
+            self.num_truncated += sum(one.truncated for one in found)
         return found
 
     def _open_folder(self, before: _Version | None) -> _Version:
@@ -235,18 +255,35 @@ class _Version:
     network: MappedNetwork | None = None  # of a folder
     checkpoint: Checkpoint | None = None
 
-    def predict(self, texts: Sequence[str]) -> list[Prediction]:
-        rows = self.tokenizer.encode_batch(texts)
-        stored = self.metadata.get("model_version", "")
-        model_version = int(stored) if stored.isascii() and stored.isdecimal() and len(stored) < 20 else None
-        found: dict[int, Prediction] = {}
+    def predict(self, texts: Sequence[str], long: str = TRUNCATE) -> list[Prediction]:
+        rows, longer = self.tokenizer.encode_marked(texts)
+        found = {i: self._prediction(probabilities) for i, probabilities in self._probabilities(rows)}
+        for i in longer:
+            found[i] = self._windowed(texts[i]) if long == WINDOW else replace(found[i], truncated=True)
+        return [found[i] for i in range(len(texts))]
+
+    def _windowed(self, text: str) -> Prediction:
+        """The mean over a long text's windows, each weighted with its tokens."""
+        rows, truncated = self.tokenizer.windows(text, MAX_WINDOWS)
+        weights = [max(1, len(row) - self.tokenizer.special) for row in rows]
+        sums = [0.0] * len(self.labels)
+        for i, probabilities in sorted(self._probabilities(rows)):
+            sums = [total + weights[i] * value for total, value in zip(sums, probabilities, strict=True)]
+        mean = self._prediction([total / sum(weights) for total in sums])
+        return replace(mean, truncated=truncated, windows=len(rows))
+
+    def _probabilities(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[float]]]:
+        """(number of a row, probabilities of the labels), rows of similar length together."""
         for batch in length_buckets([len(row) for row in rows], BATCH_TOKENS):
             logits = self.logits(*pad([rows[i] for i in batch], self.tokenizer.pad_id))
-            for i, probabilities in zip(batch, softmax(_finite(logits)).tolist(), strict=True):
-                best = max(range(len(self.labels)), key=probabilities.__getitem__)
-                by_label = dict(zip(self.labels, probabilities, strict=True))
-                found[i] = Prediction(self.labels[best], probabilities[best], by_label, model_version)
-        return [found[i] for i in range(len(texts))]
+            yield from zip(batch, softmax(_finite(logits)).tolist(), strict=True)
+
+    def _prediction(self, probabilities: Sequence[float]) -> Prediction:
+        stored = self.metadata.get("model_version", "")
+        model_version = int(stored) if stored.isascii() and stored.isdecimal() and len(stored) < 20 else None
+        best = max(range(len(self.labels)), key=probabilities.__getitem__)
+        by_label = dict(zip(self.labels, probabilities, strict=True))
+        return Prediction(self.labels[best], probabilities[best], by_label, model_version)
 
     def check(self) -> None:
         """As `Predictor.check`."""

@@ -52,7 +52,9 @@ def serve(args: Namespace) -> int:
         with one_line:
             (print_json if args.json else _tell)(event)
 
-    model = LiveModel(args.model, args.threads, emit, family=args.family, adapter=args.adapter, progress=note)
+    model = LiveModel(
+        args.model, args.threads, emit, family=args.family, adapter=args.adapter, long=args.long, progress=note
+    )
     answers = _answers(who, args.allow, model, emit) if who else None
     asyncio.run(_serve(model, args.host, args.port, emit, answers))
     return 0

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MAX_JSON_BYTES = 64 << 20
 CHARACTERS_PER_TOKEN = 200  # a text is cut at this times max_length; WordPiece knows no word of more than 100
 CHUNK_CHARACTERS = 1 << 16  # encoded together: the library holds even the tokens that it cuts off
+SHARED = 4  # two windows that follow each other share a quarter of their tokens
 PADS = ("[PAD]", "<pad>", "<|endoftext|>")
 WORD = re.compile(r"\S+")
 
@@ -35,10 +36,14 @@ class Tokenizer:
         max_length: tokens after which a text is cut.
         pad_id: the number to fill a batch with; the mask, not this number, is what tells padding from tokens.
         vocab_size: every token number is below this.
+        special: tokens of a row that are no text's.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, max_length: int, pad_id: int, vocab_size: int) -> None:
+    def __init__(
+        self, inner: tokenizers.Tokenizer, max_length: int, pad_id: int, vocab_size: int, special: int
+    ) -> None:
         """Use `from_bytes` or `from_file`, which check."""
+        self.special = special
         self.max_length = max_length
         self.pad_id = pad_id
         self.vocab_size = vocab_size
@@ -60,13 +65,15 @@ class Tokenizer:
             pad_id = (inner.padding or {}).get("pad_id")
             special = inner.num_special_tokens_to_add(is_pair=False)
             inner.no_padding()
-            inner.enable_truncation(max_length=max(max_length, special + 1))
+            longest = max(max_length, special + 1)
+            inner.enable_truncation(max_length=longest, stride=(longest - special) // SHARED)
             probe = inner.encode_batch(["", "probe \u2603"])[0].ids  # some defects show only here
             vocab_size = 1 + max([*inner.get_vocab(with_added_tokens=True).values(), *probe], default=0)
         if max_length <= special:
             raise ModelError(f"max_length {max_length} leaves no room beside the tokenizer's {special} special tokens")
         candidates = (pad_id, *(inner.token_to_id(name) for name in PADS))
-        return cls(inner, max_length, next((i for i in candidates if i is not None and i < vocab_size), 0), vocab_size)
+        pad_id = next((i for i in candidates if i is not None and i < vocab_size), 0)
+        return cls(inner, max_length, pad_id, vocab_size, special)
 
     @classmethod
     def from_file(cls, path: Path, max_length: int) -> Tokenizer:
@@ -78,7 +85,11 @@ class Tokenizer:
         return cls.from_bytes(read_tokenizer_file(path), max_length)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token numbers of each text. An empty text gives the special tokens alone; any `str` is accepted.
+        """Token numbers of each text. An empty text gives the special tokens alone; any `str` is accepted."""
+        return self.encode_marked(texts)[0]
+
+    def encode_marked(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
+        """-> (the rows of `encode_batch`, the numbers of the texts that have more tokens than their rows).
 
         Memory: beside the result, what the library holds for `CHUNK_CHARACTERS` or for one text, each cut to 200
         characters a token of max_length first: under 40 MiB for max_length up to 512 (measured).
@@ -88,20 +99,54 @@ class Tokenizer:
         """
         limit = CHARACTERS_PER_TOKEN * self.max_length
         rows: list[list[int]] = []
+        longer: list[int] = []
         chunk: list[str] = []
         size = 0
-        for text in texts:
-            chunk.append(_clean(text, limit))
-            size += len(chunk[-1])
-            if size > CHUNK_CHARACTERS:
-                rows += self._encode(chunk)
-                chunk, size = [], 0
-        return rows + self._encode(chunk)
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+        def encode_chunk() -> None:
+            for found in self._encode(chunk):
+                if len(found.ids) >= self.max_length and found.overflowing:
+                    longer.append(len(rows))
+                rows.append(found.ids)
+            chunk.clear()
+
+        for number, text in enumerate(texts):
+            cleaned, is_cut = _clean(text, limit)
+            if is_cut:
+                longer.append(number)
+            chunk.append(cleaned)
+            size += len(cleaned)
+            if size > CHUNK_CHARACTERS:
+                encode_chunk()
+                size = 0
+        encode_chunk()
+        return rows, sorted(set(longer))
+
+    def windows(self, text: str, most: int) -> tuple[list[list[int]], bool]:
+        """All tokens of a long text: -> (rows as `encode_batch` gives them, at most `most`; whether there is more).
+
+        A row shares a quarter of its tokens with the one before, but for one in every `CHUNK_CHARACTERS`. Memory: as
+        `encode_batch`, beside the result.
+
+        Raises:
+            ModelError: the tokenizer cannot encode the text.
+        """
+        rows: list[list[int]] = []
+        start = 0
+        while start < len(text) and len(rows) <= most:
+            end = start + CHUNK_CHARACTERS
+            if end < len(text):
+                end = max(text.rfind(space, start + 1, end) for space in " \n\t") + 1 or end
+            (found,) = self._encode([_clean(text[start:end], CHUNK_CHARACTERS)[0]])
+            rows += [part.ids for part in (found, *found.overflowing) if len(part.ids) > self.special]
+            start = end
+        return (rows or self.encode_batch([""]))[:most], len(rows) > most or bool(text[start:].strip())
+
+    def _encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         encode = getattr(self._inner, "encode_batch_fast", self._inner.encode_batch)  # not in tokenizers 0.19
         with _library_errors():
-            return [encoding.ids for encoding in encode(texts)]
+            found: list[tokenizers.Encoding] = encode(list(texts))
+            return found
 
 
 def read_tokenizer_file(path: Path) -> bytes:
@@ -144,10 +189,11 @@ def _library_errors() -> Iterator[None]:
         raise
 
 
-def _clean(text: str, limit: int) -> str:
-    """At most `limit` characters that UTF-8 can say; of a longer text the start, its white space collapsed."""
+def _clean(text: str, limit: int) -> tuple[str, bool]:
+    """-> (at most `limit` characters that UTF-8 can say, of a longer text the start, its white space collapsed; whether more followed)."""
+    size = 0
     if len(text) > limit:
-        words, size = [], 0
+        words = []
         for match in WORD.finditer(text):  # stops early: a text of 10 MB is neither split nor copied
             words.append(text[match.start() : min(match.end(), match.start() + limit)])
             size += len(words[-1]) + 1
@@ -157,5 +203,5 @@ def _clean(text: str, limit: int) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:  # surrogates: pairs become their character, lone ones U+FFFD
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text, size > limit

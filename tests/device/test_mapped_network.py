@@ -390,6 +390,19 @@ def test_predict_takes_a_folder_and_says_which_version_answered(
         assert set(records[0]["probabilities"]) == set(LABELS)
 
 
+def test_predict_says_where_it_did_not_read_all_of_a_text_and_reads_it_in_windows(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long_text = "seven red " * 400
+    for flags, truncated, said in (([], True, "of which the rest did not count: 1"), (["--long", "window"], False, "")):
+        assert main(["predict", str(folder), "seven", long_text, "--json", *flags]) == 0
+        out, err = capsys.readouterr()
+        short, found = (json.loads(line) for line in out.splitlines())
+        assert (short["truncated"], short["windows"]) == (False, 1)
+        assert (found["truncated"], found["windows"] > 1) == (truncated, not truncated)
+        assert said in err and ("--long window" in err) == truncated
+
+
 @pytest.mark.parametrize("flags", [[], ["--file", "-"]])
 def test_predict_goes_on_with_the_newest_version_between_windows(
     agent: Agent, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

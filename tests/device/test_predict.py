@@ -18,7 +18,7 @@ import torch
 from edge_models import bert, hub
 from edge_runtime.errors import DataError, ModelError, UsageError
 from edge_runtime.export import export_onnx
-from edge_runtime.predict import BATCH_TOKENS, FORMAT, Predictor, evaluate, length_buckets, softmax
+from edge_runtime.predict import BATCH_TOKENS, FORMAT, MAX_WINDOWS, Predictor, evaluate, length_buckets, softmax
 from edge_runtime.tokenize import Tokenizer, pad
 from edge_runtime.weights import MappedTensor
 
@@ -74,6 +74,39 @@ def test_new_texts_get_the_label_of_the_texts_like_them(predictor: Predictor) ->
     assert all(p.probability == max(p.probabilities.values()) for p in found)
     assert all(list(p.probabilities) == list(KNOWN) for p in found)
     assert all(math.isclose(sum(p.probabilities.values()), 1) for p in found)
+
+
+def test_of_a_long_text_the_start_is_read_and_it_says_so(path: Path) -> None:
+    start, rest = NEW[0][0], " ".join(text for text, label in NEW if label == "sport")
+    predictor = Predictor(path, threads=2)
+    short, cut = predictor.predict([start, " ".join([start] * 20) + rest * 50])
+    assert not short.truncated and cut.truncated and predictor.num_truncated == 1
+    assert cut.label == "food"
+
+
+def test_windows_read_a_long_text_to_its_end_and_average(path: Path) -> None:
+    sport = " ".join(text for text, label in NEW if label == "sport")
+    text = NEW[0][0] + ". " + " ".join([sport] * 30)
+    predictor = Predictor(path, threads=2, long="window")
+    short, found = predictor.predict([NEW[0][0], text])
+    assert (short.windows, found.label, found.truncated) == (1, "sport", False)
+    assert found.windows > 5 and predictor.num_truncated == 0
+    rows, _ = predictor._version.tokenizer.windows(text, MAX_WINDOWS)
+    network = predictor._version.logits
+    each = [softmax(network(*pad([row], 0)))[0] for row in rows]
+    mean = np.average(each, axis=0, weights=[len(row) - 2 for row in rows])
+    np.testing.assert_allclose(list(found.probabilities.values()), mean, atol=1e-6)
+    with pytest.raises(UsageError, match="truncate or window"):
+        Predictor(path, long="all")
+
+
+@pytest.mark.parametrize("text", ["bread " * 1_700_000, " " * 10_000_000, "x" * 10_000_000, "\ud800\x00\x1b" * 50_000])
+def test_windows_of_huge_texts_are_bounded(path: Path, text: str) -> None:
+    predictor = Predictor(path, threads=2, long="window")
+    (found,) = predictor.predict([text])
+    assert found.windows <= MAX_WINDOWS
+    assert found.truncated == (found.windows == MAX_WINDOWS)
+    assert math.isclose(sum(found.probabilities.values()), 1)
 
 
 def test_the_predictor_tells_what_the_file_is(predictor: Predictor) -> None:

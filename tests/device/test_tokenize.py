@@ -160,3 +160,17 @@ def test_a_cut_off_tokenizer_file_and_a_missing_one_are_model_errors(real: bytes
 def test_a_max_length_without_room_for_a_word_is_refused(real: bytes, max_length: Any) -> None:
     with pytest.raises(ModelError, match="leaves no room beside the tokenizer's 2 special tokens"):
         Tokenizer.from_bytes(real, max_length)
+
+
+def test_windows_hold_every_token_of_a_text_and_share_a_quarter(real: bytes, tokenizer: Tokenizer) -> None:
+    text = " ".join(f"word {i} of many" for i in range(200))
+    rows, more = tokenizer.windows(text, 1000)
+    room = tokenizer.max_length - tokenizer.special
+    contents = [row[1:-1] for row in rows]
+    assert all(len(row) == tokenizer.max_length for row in rows[:-1]) and not more
+    step = room - room // 4
+    whole = [token for row in contents[:-1] for token in row[:step]] + contents[-1]
+    (long_row,) = Tokenizer.from_bytes(real, 100_000).encode_batch([text])
+    assert whole == long_row[1:-1]
+    fewer, more = tokenizer.windows(text, 3)
+    assert (fewer, more) == (rows[:3], True)
