@@ -187,8 +187,9 @@ def finish(
     machine: Mapping[str, Any],
     python: Path | None,
     figures: Mapping[str, Any] | None = None,
+    page: str = "",
 ) -> None:
-    """Print the table; write what --json and --out ask for. `figures`, of all rows, go before them; no plot without `python`."""
+    """Print the table; write what --json and --out ask for. `figures`, of all rows, go before them; no plot without `python`; `page`: the files' name, where it is not the bench's."""
     results = {
         "title": title,
         **(figures or {}),
@@ -210,12 +211,13 @@ def finish(
         write_rows(args.json, results)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
+        name = page or name
         raw, plot = args.out / f"{name}.json", args.out / f"{name}.svg"
         write_rows(raw, results)
         drawn = python is not None and draw(python, raw, plot)
-        page = args.out / f"{name}.md"
-        page.write_text(markdown(results, columns, notes, plot.name if drawn else ""), encoding="utf-8")
-        note(f"wrote {page}, {raw}{f', {plot}' if drawn else ' (no plot: matplotlib failed)' if python else ''}")
+        text = args.out / f"{name}.md"
+        text.write_text(markdown(results, columns, notes, plot.name if drawn else ""), encoding="utf-8")
+        note(f"wrote {text}, {raw}{f', {plot}' if drawn else ' (no plot: matplotlib failed)' if python else ''}")
 
 
 def draw(python: Path, rows: Path, plot: Path) -> bool:

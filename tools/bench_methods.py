@@ -25,7 +25,7 @@ from edge_runtime.console import INTERRUPTED, note, run_main, until_told_to_stop
 from edge_runtime.errors import UsageError
 from edge_runtime.store import cache_folder, lock_folder
 from tools import bench_common as bench
-from tools.bench_methods_grid import BLOCKS, DATA, FLEETS, RATES, Cell, Grid, Scale, Setting, outcome
+from tools.bench_methods_grid import DATA, FLEETS, LIMITS, RATES, Cell, Grid, Scale, Setting, outcome, time_to
 
 FIRST = ("caff", "lora", "hetlora", "straggler", "exclusive", "head", "full")  # those of them that there are
 COLUMNS = {
@@ -34,9 +34,13 @@ COLUMNS = {
     "rate": "rate x",
     "accuracy": "accuracy",
     "spread": "+- over seeds",
-    **{f"{kind}_share": f"on what `{kind}` hold" for kind in BLOCKS},
+    "weak_share": "on what the weakest class holds",
+    "middle_share": "the middle one",
+    "strong_share": "the strongest",
     "taking_part_share": "devices that took part",
     "virtual_time": "virtual time",
+    "waiting_share": "of a round waited",
+    "target_time": "to the target",
     "bytes_up": "sent",
     "peak_bytes": "device memory",
 }
@@ -67,7 +71,10 @@ def parser() -> argparse.ArgumentParser:
     add("--goal", type=bench.whole, default=10, help="updates a round (%(default)s)")
     add("--rounds", type=bench.whole, default=15, help="(%(default)s)")
     add("--epochs", type=bench.whole, default=1, help="local epochs (%(default)s)")
+    target = "accuracy to reach, in percent (default: the lowest among the methods of a table, `head` left out)"
+    add("--target", type=float, metavar="PERCENT", help=target)
     add("--work", type=Path, help="folder of the cells (default: in the cache)")
+    add("--page", default="methods", metavar="NAME", help="of the page in --out (%(default)s)")
     return made
 
 
@@ -139,7 +146,8 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             note("stopped; the same command goes on from here")
             return INTERRUPTED
-    write(args, rows, choices, machine)
+    targets = reach(rows, None if args.target is None else args.target / 100)
+    write(args, rows, choices, targets, machine)
     return bench.exit_code(rows)
 
 
@@ -180,7 +188,7 @@ class Plan:
 
 def unlimited(setting: Setting, method: str) -> Setting:
     """The setting that a method is run in: `full` trains everything everywhere, whatever limits the others have."""
-    return replace(setting, fleet="open") if method == "full" else setting
+    return replace(setting, fleet="open") if method == "full" and setting.fleet in LIMITS else setting
 
 
 def measure(
@@ -241,7 +249,12 @@ def row(
         setting=setting.name,
         rate=rate,
         spread=f"{100 * statistics.stdev(accuracies):.1f} %" if len(accuracies) > 1 else "-",
-        **{f"{kind}_share": mean([run["accuracy_of"].get(kind) for run in found]) for kind in BLOCKS},
+        **{
+            f"{place}_share": mean([run["accuracy_of"].get(kind) for run in found])
+            for place, kind in zip(("weak", "middle", "strong"), setting.classes, strict=True)
+        },
+        classes=list(setting.classes),
+        waiting_share=mean([run["waiting_share"] for run in found]),
         taking_part_share=mean([run["taking_part_share"] for run in found]),
         virtual_time=duration(statistics.fmean(run["virtual_s"] for run in found)),
         virtual_s=mean([run["virtual_s"] for run in found]),
@@ -251,16 +264,37 @@ def row(
     )
 
 
-def notes(args: argparse.Namespace, choices: dict[str, list[dict[str, Any]]]) -> list[str]:
+def reach(rows: Sequence[bench.Row], asked: float | None) -> dict[str, float]:
+    """Add to each row when it reached its setting's target, the mean over its seeds; -> setting -> target.
+
+    Where none is asked for it is the lowest accuracy that a row of the setting ends with, without `head`.
+    """
+    targets: dict[str, float] = {}
+    for row in rows:
+        others = [r["accuracy"] for r in rows if r["setting"] == row["setting"] and r["name"] != "head"]
+        target = targets[row["setting"]] = asked if asked is not None else min(others, default=row["accuracy"])
+        times = [time_to(run["points"], target) for run in row["runs"]]
+        reached = [time for time in times if time is not None]
+        row["target_s"] = statistics.fmean(reached) if len(reached) == len(times) else None
+        row["target_time"] = "not by all seeds" if row["target_s"] is None else duration(row["target_s"])
+    return targets
+
+
+def notes(args: argparse.Namespace, choices: dict[str, list[dict[str, Any]]], targets: dict[str, float]) -> list[str]:
     """What one must know to read the table."""
     said = [
-        f"{args.devices} virtual devices, a third each of the classes `all`, `two` and `one`: under memory, compute or upload limits they can "
-        f"train all blocks, two, or one, by budgets half way between what so many blocks and one more need in the cost table of {args.models.split(',')[0]}.",
+        f"{args.devices} virtual devices. Under memory, compute or upload limits a third each can train all blocks, two, or one, by budgets half "
+        f"way between what so many blocks and one more need in the cost table of {args.models.split(',')[0]}; `jetson`: LEGEND's 30 TX2, 40 NX, "
+        "10 AGX, or so many of a hundred, without limits.",
         f"{args.goal} updates a round, {args.rounds} rounds of {args.epochs} epoch(s). AdamW; a rate counts times 2e-4 in blocks, 2e-3 in head and adapters, "
         f"the same grid {args.rates} for every method, chosen under the first kind of limits on a fifth of the training rows with seed {args.seed}; then "
         f"{args.seeds} seed(s) on all of them. `full` is without limits in every table: what could be reached.",
-        "Time is virtual and device memory is what plans promise (largest over devices): predicted, not measured. Accuracy `on what a class holds`: by label, "
-        "weighted by how many examples of it the class's devices have.",
+        "Accuracy is the mean of the last two measured rounds of a run. Time is virtual and device memory is what plans promise (largest over devices): predicted, "
+        "not measured. Accuracy on what a class holds: by label, weighted by how many examples of it the class's devices have. `of a round waited`: mean share of a "
+        "round that a device waits for the slowest.",
+        "Targets: "
+        + "; ".join(f"{setting} {100 * target:.1f} %" for setting, target in targets.items())
+        + ". The time to one is interpolated between measured rounds, mean over seeds.",
     ]
     for setting, rows in choices.items():
         picked = next((r["model"] for r in rows if r["chosen"]), "none")
@@ -269,16 +303,18 @@ def notes(args: argparse.Namespace, choices: dict[str, list[dict[str, Any]]]) ->
     return said
 
 
-def write(args: argparse.Namespace, rows: list[bench.Row], choices: dict[str, Any], machine: dict[str, Any]) -> None:
+def write(
+    args: argparse.Namespace, rows: list[bench.Row], choices: dict[str, Any], targets: dict[str, float], machine: dict[str, Any]
+) -> None:  # fmt: skip
     """Table, JSON, page and plots."""
     bench.finish(
-        "methods", args, rows, title="Methods in the simulator", columns=COLUMNS, notes=notes(args, choices),
-        versions=bench.versions(None), machine=machine, python=None, figures={"choices": choices},
+        "methods", args, rows, title="Methods in the simulator", columns=COLUMNS, notes=notes(args, choices, targets),
+        versions=bench.versions(None), machine=machine, python=None, figures={"choices": choices, "targets": targets}, page=args.page,
     )  # fmt: skip
     if args.out:
         from tools.bench_methods_plot import draw_settings
 
-        page, drawn = args.out / "methods.md", draw_settings(rows, args.out)
+        page, drawn = args.out / f"{args.page}.md", draw_settings(rows, args.out, args.page)
         images = "\n".join(f"![{name}]({path.name})\n" for name, path in drawn.items())
         page.write_text(page.read_text(encoding="utf-8") + "\n" + images, encoding="utf-8")
 

@@ -10,6 +10,7 @@ import csv
 import random
 import re
 import shutil
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +30,11 @@ from edge_runtime.split import train_test
 from edge_runtime.store import atomic_writer, lock_folder, make_folder
 from tools import datasets
 
-FLEETS = ("memory", "compute", "upload", "open")
+LIMITS = ("memory", "compute", "upload")
+FLEETS = (*LIMITS, "open", "jetson")
 BLOCKS = {"one": 1, "two": 2, "all": None}  # classes, from weak to strong: the blocks that a device of it can train
 GFLOPS = {"one": 10.2, "two": 12.2, "all": 23.8}  # as a Pi Zero 2 W, 3 and 4 (docs/simulation.md)
-CLASSES = ",".join(BLOCKS)
+JETSON = {"jetson-tx2": 30, "jetson-nx": 40, "jetson-agx": 10}  # LEGEND's fleet (arXiv 2412.20004), from weak to strong
 OPEN_MEMORY = 64 << 30
 RATES = (0.5, 1.0, 2.0)  # times the learning rates of blocks, head and adapters, alike for every method
 DATA = {  # the partition that is usual for it, and the tokens that its texts are cut to
@@ -51,6 +53,7 @@ HEAVY = (
 VALIDATION_SHARE = 0.2  # of the training rows, on which learning rates are chosen
 TEST_ROWS = 1500  # at most: a standard error of about a point
 EVALUATE_EVERY = 3  # rounds between two points of a curve
+LAST = 2  # of them whose mean is a run's accuracy: from round to round it swings by some points
 
 
 class WrongThirds(EdgeError):
@@ -80,6 +83,11 @@ class Setting:
     def name(self) -> str:
         """For tables and files."""
         return f"{self.data}, {self.partition}, {self.fleet}"
+
+    @property
+    def classes(self) -> dict[str, float]:
+        """The fleet's device classes, from weak to strong, and their shares."""
+        return dict(JETSON) if self.fleet == "jetson" else dict.fromkeys(BLOCKS, 1)
 
     @property
     def slug(self) -> str:
@@ -146,8 +154,9 @@ class Grid:
         folder, scale, setting = self.work / cell.folder, self.scale, cell.setting
         train, test = self._files(setting.data, cell.tuning)
         classes, base = folder / "classes.toml", folder / "classes.base.toml"
+        shares = ",".join(f"{name}:{share:g}" for name, share in setting.classes.items())
         options = SimOptions(
-            train, test, scale.devices, CLASSES, classes, setting.partition, evaluate_every=EVALUATE_EVERY, workers=None
+            train, test, scale.devices, shares, classes, setting.partition, evaluate_every=EVALUATE_EVERY, workers=None
         )
         if classes.exists():  # it is written last
             return folder, options
@@ -159,7 +168,7 @@ class Grid:
         _set(folder / CONFIG_FILE, _settings(cell.rate, scale.epochs))
         own: Mapping[str, OwnBudget] = {}
         base.write_text(class_file(own))
-        if setting.fleet != "open":
+        if setting.fleet in LIMITS:
             config = load_config(folder)
             config = replace(config, train=replace(config.train, lora_rank=0))
             plans, devices = planned(self.limits_of, config, replace(options, class_file=base), self._say)
@@ -273,7 +282,7 @@ def class_file(own: Mapping[str, OwnBudget]) -> str:
 
 
 def outcome(rows: Sequence[Row]) -> dict[str, Any]:
-    """A finished cell in numbers: the last accuracies, sums, and a point for each round that was measured.
+    """A finished cell in numbers: accuracies of the last rounds, sums, and a point for each round that was measured.
 
     Times are virtual seconds; peaks are what the plans promise.
     """
@@ -284,10 +293,19 @@ def outcome(rows: Sequence[Row]) -> dict[str, Any]:
             points.append({"round": row["round"], "s": row["closed_s"], "bytes_up": sent, "accuracy": row["accuracy"]})
     work = [d for row in rows for d in row["devices"]]
     done = [d for d in work if d["status"] == "committed"]
-    peaks = {kind: max((d["peak_bytes"] for d in done if d["class"] == kind), default=None) for kind in BLOCKS}
+    classes = dict.fromkeys(d["class"] for d in work)
+    peaks = {kind: max((d["peak_bytes"] for d in done if d["class"] == kind), default=None) for kind in classes}
+    last = [row for row in rows if row.get("accuracy") is not None][1:][-LAST:] or rows[:1]  # without the untrained one
+    of_class = {
+        kind: [row["accuracy_of"][kind] for row in last if row["accuracy_of"].get(kind) is not None] for kind in classes
+    }
+    waited = [
+        row["waiting_s"] / row["round_s"] for row in rows if row.get("waiting_s") is not None and row.get("round_s")
+    ]
     return {
-        "accuracy": points[-1]["accuracy"],
-        "accuracy_of": next(r["accuracy_of"] for r in reversed(rows) if r.get("accuracy") is not None),
+        "accuracy": statistics.fmean(row["accuracy"] for row in last),
+        "accuracy_of": {kind: statistics.fmean(values) for kind, values in of_class.items() if values},
+        "waiting_share": statistics.fmean(waited) if waited else None,
         "bytes_up": sent,
         "virtual_s": rows[-1]["closed_s"],
         "peak_bytes_of": peaks,
@@ -295,3 +313,16 @@ def outcome(rows: Sequence[Row]) -> dict[str, Any]:
         "taking_part_share": len({d["device"] for d in done}) / max(1, len({d["device"] for d in work})),
         "points": points,
     }
+
+
+def time_to(points: Sequence[Mapping[str, Any]], target: float) -> float | None:
+    """Virtual seconds until a curve first reaches an accuracy, straight lines between its points; None where it does not."""
+    before: Mapping[str, Any] | None = None
+    for point in points:
+        if point["accuracy"] >= target:
+            if before is None:
+                return float(point["s"])
+            share = (target - before["accuracy"]) / (point["accuracy"] - before["accuracy"])
+            return float(before["s"] + share * (point["s"] - before["s"]))
+        before = point
+    return None

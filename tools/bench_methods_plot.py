@@ -12,7 +12,6 @@ from typing import Any
 
 from edge_runtime.optional import require
 from tools.bench_common import MIB, Row
-from tools.bench_methods_grid import BLOCKS
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # without yellow: too light
 DASHES = ("-", "--", ":")
@@ -20,8 +19,11 @@ LINES = (("round", "round", 1.0), ("s", "virtual minutes", 60.0), ("bytes_up", "
 GAP = 0.045  # of a panel's height, between two labels
 
 
-def draw_settings(rows: Sequence[Row], out: Path) -> dict[str, Path]:
-    """-> setting -> its SVG; a PNG of the same name lies beside it.
+PLACES = {"weak": "v", "middle": "s", "strong": "o"}  # of a class among its fleet's, and its mark
+
+
+def draw_settings(rows: Sequence[Row], out: Path, name: str = "methods") -> dict[str, Path]:
+    """-> setting -> its SVG, which is called `name` and the setting; a PNG of the same name lies beside it.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -31,7 +33,7 @@ def draw_settings(rows: Sequence[Row], out: Path) -> dict[str, Path]:
     library.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "edge-runtime", "font.size": 9})
     found: dict[str, Path] = {}
     for setting in dict.fromkeys(row["setting"] for row in rows):
-        path = out / f"methods-{''.join(c if c.isalnum() or c == '.' else '-' for c in setting.replace(', ', '-'))}.svg"
+        path = out / f"{name}-{''.join(c if c.isalnum() or c == '.' else '-' for c in setting.replace(', ', '-'))}.svg"
         figure = draw_one(setting, [row for row in rows if row["setting"] == setting])
         figure.savefig(path, metadata={"Date": None})
         figure.savefig(path.with_suffix(".png"), dpi=110)
@@ -59,7 +61,7 @@ def draw_one(setting: str, rows: Sequence[Row]) -> Any:
     by_class(axes[1][0], rows, styles)
     memory(axes[1][1], rows, styles)
     axes[1][2].axis("off")
-    text = "line: mean over seeds; band: lowest to highest\n\nclasses: blocks that a device can train\nunder the limits"
+    text = "line: mean over seeds; band: lowest to highest\n\nclasses `one`, `two`, `all`: blocks that\na device can train under the limits"
     axes[1][2].text(0, 0.9, text, va="top")
     figure.suptitle(setting)
     return figure
@@ -116,12 +118,11 @@ def label_ends(axis: Any, ends: Sequence[tuple[float, float, str]], styles: Mapp
 
 def by_class(axis: Any, rows: Sequence[Row], styles: Mapping[str, Mapping[str, Any]]) -> None:
     """Accuracy on what each class holds: a row a method, a mark a class."""
-    marks = dict(zip(BLOCKS, ("v", "s", "o"), strict=True))
     for place, row in enumerate(reversed(rows)):
-        for kind, mark in marks.items():
+        for kind, mark in PLACES.items():
             if (share := row[f"{kind}_share"]) is not None:
                 axis.plot(100 * share, place, mark, color=styles[row["name"]]["color"], markersize=6)
-    for kind, mark in marks.items():
+    for kind, mark in zip(rows[0]["classes"], PLACES.values(), strict=True):
         axis.plot([], [], mark, color="#666666", label=kind)
     axis.set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])
     axis.set(xlabel="test accuracy on what a class holds, %")

@@ -25,7 +25,8 @@ from tools import bench_methods, datasets
 from tools.bench_methods_grid import (  # fmt: skip
     BLOCKS,
     DATA,
-    FLEETS,
+    JETSON,
+    LIMITS,
     OPEN_MEMORY,
     Cell,
     Grid,
@@ -35,6 +36,7 @@ from tools.bench_methods_grid import (  # fmt: skip
     budgets,
     class_file,
     outcome,
+    time_to,
 )
 from tools.bench_methods_plot import draw_settings, mean_points, spread, style
 
@@ -55,7 +57,7 @@ def fleet(examples: int = 100) -> tuple[Plans, list[VirtualDevice]]:
     return plans, [VirtualDevice(f"device-{i}", kind, packed([0]), shape, 1e6) for i, (shape, kind) in enumerate(zip(shapes, kinds, strict=False))]  # fmt: skip
 
 
-@pytest.mark.parametrize("limits", [f for f in FLEETS if f != "open"])
+@pytest.mark.parametrize("limits", LIMITS)
 def test_a_third_can_train_everything_a_third_two_blocks_and_a_third_one(limits: str, tmp_path: Path) -> None:
     plans, devices = fleet()
     (tmp_path / "classes.toml").write_text(class_file(budgets(plans, devices, TrainSettings(), limits)))
@@ -153,13 +155,51 @@ def a_row(name: str, *accuracies: float) -> dict[str, Any]:
 def test_a_row_has_means_over_seeds_and_the_runs_beside_them() -> None:
     row = a_row("caff", 0.6, 0.7)
     assert (row["accuracy"], row["spread"], row["bytes_up"]) == (pytest.approx(0.65), "7.1 %", 12)
-    assert (row["one_share"], row["two_share"], row["all_share"]) == (0.5, None, 0.7)
+    assert (row["weak_share"], row["middle_share"], row["strong_share"]) == (0.5, None, 0.7)
     assert (row["taking_part_share"], row["virtual_s"], row["peak_bytes"]) == (0.5, 90.0, 100 << 20)
     assert row["runs"][1]["points"] == [
         {"round": 0, "s": 0.0, "bytes_up": 0, "accuracy": 0.1},
         {"round": 2, "s": 90.0, "bytes_up": 12, "accuracy": 0.7},
     ]
     assert mean_points(row["runs"], "s") == [(0.0, pytest.approx(0.1), 0.1, 0.1), (90.0, pytest.approx(0.65), 0.6, 0.7)]
+
+
+def test_an_accuracy_is_the_mean_of_the_last_two_that_were_measured() -> None:
+    rows = rounds(0.6)
+    more = {
+        **rows[2],
+        "round": 3,
+        "closed_s": 120.0,
+        "accuracy": 0.8,
+        "accuracy_of": {"one": 0.3},
+        "waiting_s": 10.0,
+        "round_s": 40.0,
+    }
+    found = outcome([*rows, more])
+    assert found["accuracy"] == pytest.approx(0.7)
+    assert found["accuracy_of"] == {"one": pytest.approx(0.4), "all": 0.7}
+    assert found["waiting_share"] == 0.25
+
+
+def test_the_time_to_a_target_lies_on_the_line_between_two_rounds() -> None:
+    points = outcome(rounds(0.6))["points"]
+    assert time_to(points, 0.35) == pytest.approx(45.0)
+    assert (time_to(points, 0.05), time_to(points, 0.7)) == (0.0, None)
+    rows = [a_row("caff", 0.6, 0.7), a_row("lora", 0.8, 0.8), a_row("head", 0.2, 0.2)]
+    assert bench_methods.reach(rows, None) == {SETTING.name: pytest.approx(0.65)}
+    assert rows[0]["target_time"] == "not by all seeds"
+    assert rows[1]["target_s"] == pytest.approx(90 * 0.55 / 0.7)
+    bench_methods.reach(rows, 0.6)
+    assert rows[0]["target_s"] == pytest.approx((90 + 75) / 2)
+
+
+def test_legends_fleet_has_its_classes_and_no_limits() -> None:
+    setting = replace(SETTING, fleet="jetson")
+    assert setting.classes == JETSON and set(JETSON) <= set(read_classes(None))
+    assert [read_classes(None)[name].strength for name in JETSON] == sorted(
+        read_classes(None)[name].strength for name in JETSON
+    )
+    assert bench_methods.unlimited(setting, "full") == setting
 
 
 def test_labels_keep_their_order_and_their_distance() -> None:
