@@ -240,16 +240,16 @@ def _add_service(commands: Commands) -> None:
     service = _parser(
         commands,
         "service",
-        "Run `join` as a systemd service with a user of its own, limits and a watchdog; all settings are the [device] section's.",
+        "Run `join`, and `serve` beside it, as systemd services with a user of their own, limits and a watchdog; all settings are the [device] section's.",
         "edge-runtime service print --config pi-7.toml",
-        "sudo edge-runtime service install --config pi-7.toml --memory-max 600MB",
+        "sudo edge-runtime service install --config pi-7.toml --memory-max 600MB --serve 8765",
         "sudo edge-runtime service uninstall",
     )
     actions = service.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
     for name, what, run in (
-        ("install", "Write the unit, start it now and at every boot; needs root.", do.run_service_install),
-        ("print", "Show the unit and install nothing.", do.run_service_print),
-        ("uninstall", "Stop the service and remove its unit; needs root.", do.run_service_uninstall),
+        ("install", "Write the units, start them now and at every boot; needs root.", do.run_service_install),
+        ("print", "Show the units and install nothing.", do.run_service_print),
+        ("uninstall", "Stop the services and remove their units; needs root.", do.run_service_uninstall),
     ):
         config = "" if name == "uninstall" else " --config pi-7.toml"
         action = _parser(actions, name, what, f"edge-runtime service {name}{config}", nested=True)
@@ -266,6 +266,8 @@ def _unit_flags(action: argparse.ArgumentParser) -> None:
     action.add_argument("--memory-max", default="80%", help=memory.replace("%(default)s", "80%%"))
     quota = "most processor time, 100%% being one core (default: all that nobody else wants)"
     action.add_argument("--cpu-quota", default="", help=quota)
+    serve = "answer over HTTP too, on this port of loopback, with the newest model that is well (default: no)"
+    action.add_argument("--serve", type=_unprivileged_port, metavar="PORT", help=serve)
 
 
 def _long_flag(action: argparse.ArgumentParser) -> None:
@@ -351,6 +353,13 @@ def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"must be from 0 to 65535, it is {text!r}")
     return int(text)
+
+
+def _unprivileged_port(text: str) -> int:
+    """A port number that a service without rights may take."""
+    if (port := _port(text)) < 1024:
+        raise argparse.ArgumentTypeError(f"must be from 1024 to 65535, it is {text!r}")
+    return port
 
 
 def _count(text: str) -> int:

@@ -415,32 +415,37 @@ def run_doctor(args: Namespace) -> int:
 
 
 def run_service_print(args: Namespace) -> int:
-    """Print the unit that `service install` would write."""
-    from edge_runtime.service import Limits, obstacle, this_machine, unit
+    """Print the units that `service install` would write."""
+    from edge_runtime.service import obstacle, this_machine, units
+    from edge_runtime.service_units import Limits
 
     machine = this_machine()
-    text = unit(args.config, Limits(args.memory_max, args.cpu_quota), machine)
+    texts = units(args.config, Limits(args.memory_max, args.cpu_quota), machine, args.serve)
     if reason := obstacle(args.config, machine.python):
         note(f"`service install` would refuse: {reason}")
-    print_json({"unit": text}) if args.json else print(text, end="")
+    print_json({"units": texts}) if args.json else print("\n".join(texts.values()), end="")
     return 0
 
 
 def run_service_install(args: Namespace) -> int:
-    """Install and start the service."""
-    from edge_runtime.service import NAME, Limits, install
+    """Install and start the service, and what answers beside it."""
+    from edge_runtime.service import install
+    from edge_runtime.service_units import NAME, Limits
 
-    path = install(args.config, Limits(args.memory_max, args.cpu_quota))
+    paths = install(args.config, Limits(args.memory_max, args.cpu_quota), args.serve)
     if args.json:
-        print_json({"unit": str(path)})
+        print_json({"units": [str(path) for path in paths]})
     else:
-        print(f"{path}: the service runs; journalctl -fu {NAME} shows what it does")
+        print(f"{paths[0]}: the service runs; journalctl -fu {NAME} shows what it does")
+        for path in paths[1:]:
+            print(f"{path}: answers on port {args.serve} as soon as a model is there; journalctl -fu {path.stem}")
     return 0
 
 
 def run_service_uninstall(args: Namespace) -> int:
     """Stop and remove the service."""
-    from edge_runtime.service import NAME, STATE, uninstall
+    from edge_runtime.service import uninstall
+    from edge_runtime.service_units import NAME, STATE
 
     removed = uninstall()
     if args.json:

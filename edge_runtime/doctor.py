@@ -76,10 +76,11 @@ def examine(config: Path | None, state: Path | None) -> list[Finding]:
 
 def _state(who: Credentials | None, state: Path | None) -> Path:
     """Where the device keeps its state."""
-    from edge_runtime.service import STATE, UNIT
+    from edge_runtime.service import unit_path
+    from edge_runtime.service_units import STATE
 
     named = state or (who.settings.state if who else "")
-    if not named and (ROOT / UNIT).exists():
+    if not named and unit_path(root=ROOT).exists():
         return STATE
     return Path(named or (f"edge-{who.device}" if who else "")).absolute()
 

@@ -21,6 +21,7 @@ from edge_runtime.http_api import Api
 from edge_runtime.http_server import HttpServer, Limits
 from edge_runtime.live_model import Emit, LiveModel
 from edge_runtime.mqtt_answers import MqttAnswers
+from edge_runtime.notify import alive, notify
 from edge_runtime.topics import Topics, check_id
 
 FOLLOW_S = 0.2  # between two looks for another version
@@ -80,11 +81,13 @@ async def _serve(model: LiveModel, host: str, port: int, emit: Emit, answers: Mq
     except OSError as error:
         raise UsageError(f"cannot listen on {host} port {port}: {error.strerror}: choose another --port") from None
     emit({"event": "serving", "host": host, "port": bound, "model_version": model.model_version})
+    notify("READY=1")
     following = asyncio.create_task(_follow(model, told, emit))
     asked = None
     if answers:
         asked = asyncio.get_running_loop().run_in_executor(None, answers.run, lambda: not told.is_set())
     await told.wait()
+    notify("STOPPING=1")
     emit({"event": "stopping"})
     await server.stop()
     api.close()
@@ -98,6 +101,7 @@ async def _follow(model: LiveModel, told: asyncio.Event, emit: Emit) -> None:
     """Look for another version again and again, beside what answers; a log that nobody reads any more ends it all."""
     loop = asyncio.get_running_loop()
     while not told.is_set():
+        alive()
         try:
             await loop.run_in_executor(None, model.follow)
         except BrokenPipeError:

@@ -595,6 +595,23 @@ def serving(model: Path, crash_at: int = 0, flags: Sequence[str] = ()) -> Iterat
         server.process.wait()
 
 
+def test_a_service_manager_hears_when_it_answers_that_it_goes_on_and_when_it_stops(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "400000")
+        with serving(device.folder) as server:
+            heard = {manager.recv(100) for _ in range(3)}
+            assert heard == {b"READY=1", b"WATCHDOG=1"}
+            server.process.terminate()
+            while manager.recv(100) != b"STOPPING=1":
+                pass
+            assert server.process.wait(20) == 0
+
+
 WRITES_OF_A_START = 12  # boundaries: a note of the try and one of its end, each an fsync, a rename, an fsync
 SWAPS = int(os.environ.get("EDGE_TEST_SWAPS", "12"))
 

@@ -13,7 +13,8 @@ import pytest
 
 from edge_runtime.cli import main
 from edge_runtime.errors import EdgeError, UsageError
-from edge_runtime.service import Limits, Machine, install, obstacle, uninstall, unit
+from edge_runtime.service import install, obstacle, uninstall, units
+from edge_runtime.service_units import NAME, SERVING, Limits, Machine
 
 HOME = "/home"
 HERE = Machine(systemd=252, python="/bin/sh", torch=False)  # a program that is on every machine
@@ -26,6 +27,11 @@ def config(folder: Path, device: str = 'data = "/srv/texts.csv"', ca_file: str =
     fleet = 'realm = "farm"\ndevice = "pi-1"\nsecret = "s"\nhost = "hub.lan"\nport = 1883\n'
     path.write_text(f'[fleet]\n{fleet}ca_file = "{ca_file}"\n[device]\n{device}\n')
     return path
+
+
+def unit(path: Path, limits: Limits, machine: Machine) -> str:
+    """The agent's unit."""
+    return units(path, limits, machine)[NAME]
 
 
 def settings(text: str) -> dict[str, str]:
@@ -43,16 +49,17 @@ def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("folder", ["plain", 'odd 100% $HOME "x" \\ é'])
 def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path, folder: str) -> None:
     state = 'data = "/srv/a b.csv"\nstate = "/srv/100% $x"'
-    path = tmp_path / "edge-runtime.service"
-    path.write_text(unit(config(tmp_path / folder, state), Limits("600MB", "150%"), HERE))
-    done = analyze("verify", str(path))
-    assert (done.returncode, done.stderr) == (0, "")
+    for name, text in units(config(tmp_path / folder, state), Limits("600MB", "150%"), HERE, 8765).items():
+        path = tmp_path / f"{name}.service"
+        path.write_text(text)
+        done = analyze("verify", str(path))
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_systemd_finds_the_unit_well_protected(tmp_path: Path) -> None:
     path = tmp_path / "edge-runtime.service"
-    for torch in (False, True):
-        path.write_text(unit(config(tmp_path), Limits(), Machine(252, "/bin/sh", torch)))
+    for torch, name in ((False, NAME), (True, NAME), (False, SERVING)):
+        path.write_text(units(config(tmp_path), Limits(), Machine(252, "/bin/sh", torch), 8765)[name])
         done = analyze("security", "--offline=true", "--no-pager", str(path))
         if "nrecognized option" in done.stderr:
             pytest.skip("this systemd-analyze cannot judge a file")
@@ -159,13 +166,29 @@ def test_install_makes_the_user_and_starts_the_service_and_uninstall_leaves_no_u
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     system = System(tmp_path / "root", monkeypatch, failing="id ")
-    path = install(config(tmp_path), Limits(), root=system.root, run=system)
+    (path,) = install(config(tmp_path), Limits(), root=system.root, run=system)
     assert settings(path.read_text())["User"] == "edge-runtime" and path.stat().st_mode & 0o777 == 0o644
     assert any(call.startswith("useradd --system") for call in system.calls)
     assert system.calls[-2:] == ["systemctl enable edge-runtime.service", "systemctl restart edge-runtime.service"]
     assert uninstall(root=system.root, run=system) and not path.exists()
     assert "systemctl disable --now edge-runtime.service" in system.calls
     assert not uninstall(root=system.root, run=system)
+
+
+def test_what_answers_is_a_service_beside_the_agents_and_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = System(tmp_path / "root", monkeypatch)
+    agent, server = install(config(tmp_path), Limits(), 9000, root=system.root, run=system)
+    found = settings(server.read_text())
+    assert found["ExecStart"].endswith("serve /var/lib/edge-runtime --port 9000")
+    assert (found["User"], found["IPAddressAllow"], found["IPAddressDeny"]) == ("edge-runtime", "localhost", "any")
+    assert int(found["CPUWeight"]) > int(settings(agent.read_text())["CPUWeight"])
+    assert system.calls[-1] == "systemctl restart --no-block edge-runtime-serve.service"
+    install(config(tmp_path), Limits(), root=system.root, run=system)
+    assert agent.exists() and not server.exists()
+    install(config(tmp_path), Limits(), 9000, root=system.root, run=system)
+    assert uninstall(root=system.root, run=system) and not agent.exists() and not server.exists()
 
 
 def test_data_that_the_services_user_may_not_read_stops_the_installation(
