@@ -154,7 +154,7 @@ class Grid:
         folder, scale, setting = self.work / cell.folder, self.scale, cell.setting
         train, test = self._files(setting.data, cell.tuning)
         classes, base = folder / "classes.toml", folder / "classes.base.toml"
-        shares = ",".join(f"{name}:{share:g}" for name, share in setting.classes.items())
+        shares = ",".join(name if share == 1 else f"{name}:{share:g}" for name, share in setting.classes.items())
         options = SimOptions(
             train, test, scale.devices, shares, classes, setting.partition, evaluate_every=EVALUATE_EVERY, workers=None
         )
