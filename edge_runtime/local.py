@@ -24,6 +24,7 @@ from edge_runtime.cost import Calibration, DataShape, shape_of
 from edge_runtime.engine import Engine, EngineOptions, check_options, find_engine, torch_version
 from edge_runtime.errors import DataError, DoesNotFit, StoreError, TrainingFailed, UsageError
 from edge_runtime.local_lora import beginning, begun, check_lora, results
+from edge_runtime.model_folder import check_model_folder, save_folder
 from edge_runtime.peft import Adapter, check_adapter_folder, fingerprint, read_adapter, write_adapter
 from edge_runtime.planner import check_settings, choose, cost_table, make_plan, mib, over_budget, smaller_rows
 from edge_runtime.records import Budget, CostRow, DeviceProfile, Plan, TrainReport, TrainSettings
@@ -31,11 +32,9 @@ from edge_runtime.source import (
     DEFAULT_FAMILY,
     Checkpoint,
     Source,
-    check_model_folder,
     delta_base,
     find_checkpoint,
     open_source,
-    save_folder,
 )
 from edge_runtime.store import cache_folder, make_folder, read_json
 from edge_runtime.training.process import Worker, model_job, run_worker, wait_for

@@ -19,9 +19,10 @@ import numpy as np
 from edge_runtime.errors import UsageError
 from edge_runtime.importance import Scores, choose, sums
 from edge_runtime.model import ModelSpec
+from edge_runtime.model_folder import check_model_folder, save_folder
 from edge_runtime.pruned_weights import write_pruned
 from edge_runtime.pruning import CHANNELS, HEADS, Kept, block_widths, groups_of, pruned_spec
-from edge_runtime.source import DEFAULT_FAMILY, check_model_folder, find_checkpoint, open_source, save_folder
+from edge_runtime.source import DEFAULT_FAMILY, find_checkpoint, open_source
 from edge_runtime.store import cache_folder, make_folder
 from edge_runtime.weights import MappedTensor, release_pages
 

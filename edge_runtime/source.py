@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,18 @@ from typing import Any
 from edge_runtime.errors import ModelError, UsageError
 from edge_runtime.manifest import Manifest, check_family
 from edge_runtime.model import ConfigValue, Family, ModelSpec, TensorSpec, load_family
+from edge_runtime.model_folder import (
+    BASE_KEY,
+    CONFIG_FILE,
+    DELTA_FILE,
+    TOKENIZER_FILE,
+    finish_folder,
+    read_config,
+    unchanged,
+)
 from edge_runtime.optional import require
-from edge_runtime.store import BlobStore, atomic_writer, file_sha256, write_json
-from edge_runtime.weights import MappedTensor, read_safetensors, write_safetensors
+from edge_runtime.store import BlobStore, atomic_writer
+from edge_runtime.weights import MappedTensor, read_safetensors
 
 DEFAULT_FAMILY = "edge_models.bert"
 DEFAULT_MAX_LENGTH = 128
@@ -26,9 +34,6 @@ MIN_LENGTH = 3  # tokens: one of the text between the two that most tokenizers a
 MAX_LENGTH = 1 << 17
 MANIFEST_FILE = "model.msgpack"  # in an agent's folder: the manifest of the newest version it holds whole
 STORE_FOLDER = "store"
-CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
-DELTA_FILE = "delta.safetensors"  # in place of WEIGHTS_FILE: the tensors that are not those of the base folder
-BASE_KEY = "edge_base"  # in config.json beside it: which folder that is
 
 
 @dataclass(frozen=True)
@@ -188,64 +193,6 @@ def _own_labels(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str
     return tuple(ordered) if all(isinstance(label, str) and label for label in ordered) else None  # type: ignore[arg-type]
 
 
-def check_model_folder(out: Path) -> None:
-    """Whether a model may be written to `out`: a new or empty folder, or one that holds a model that we wrote.
-
-    Raises:
-        UsageError: it is a file, or a folder with other things in it.
-    """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file: name a folder for the model")
-    others = [p.name for p in out.glob("*") if not p.name.startswith(".")] if out.exists() else []
-    if others and '"edge_family"' not in (_text(out / "config.json")):
-        raise UsageError(f"{out} holds other things ({sorted(others)[0]}): name a new folder for the model")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def save_folder(
-    out: Path,
-    spec: ModelSpec,
-    weights: Mapping[str, MappedTensor],
-    tokenizer: Path,
-    base: Path | None = None,
-    *,
-    has_head: bool = True,
-) -> None:
-    """Write a checkpoint folder: config.json, model.safetensors and tokenizer.json, which other tools read too.
-
-    Without `has_head` a model that knows no classes, as pretrained ones are. With `base`, a checkpoint folder, only the tensors that are not that folder's are written, to delta.safetensors, and
-    config.json names it: only edge-runtime reads that, and only while the base stays as it is.
-    """
-    check_model_folder(out)
-    config: dict[str, Any] = {
-        **spec.config,
-        "model_type": spec.family.rsplit(".", 1)[-1],
-        "edge_family": spec.family,
-        "edge_max_length": spec.max_length,
-    }
-    if has_head:
-        config["id2label"] = {str(i): label for i, label in enumerate(spec.labels)}
-        config["label2id"] = {label: i for i, label in enumerate(spec.labels)}
-    if base is None:
-        tensors = [t for t in spec.tensors if has_head or t.part < spec.num_blocks]
-        write_safetensors(out / WEIGHTS_FILE, [(t.name, weights[t.name]) for t in tensors])
-    else:
-        _, there = load_family(spec.family).open_folder(base)
-        changed = [(t.name, weights[t.name]) for t in spec.tensors if weights[t.name] != there.get(t.name)]
-        write_safetensors(out / DELTA_FILE, changed)
-        config[BASE_KEY] = {"folder": str(base), "files": {path.name: _identity(path) for path in _files(there)}}
-    with atomic_writer(out / TOKENIZER_FILE, mode=0o644) as file:
-        file.write(tokenizer.read_bytes())
-    write_json(out / CONFIG_FILE, config)
-    (out / (DELTA_FILE if base is None else WEIGHTS_FILE)).unlink(missing_ok=True)  # of the model that was here before
-
-
 def delta_base(source: Source, out: Path) -> Path:
     """The folder that a delta of `source`, written to `out`, refers to.
 
@@ -261,8 +208,9 @@ def delta_base(source: Source, out: Path) -> Path:
 
 def _open_folder(module: Family, folder: Path) -> tuple[dict[str, ConfigValue], dict[str, MappedTensor], Path]:
     """Config, tensors and base of a checkpoint folder: itself, or of a delta the folder that holds the other tensors."""
+    finish_folder(folder)
     try:
-        raw = json.loads(_text(folder / CONFIG_FILE))
+        raw = json.loads(read_config(folder))
     except (ValueError, RecursionError):
         raw = None
     if not isinstance(raw, dict) or BASE_KEY not in raw:
@@ -276,7 +224,7 @@ def _open_folder(module: Family, folder: Path) -> tuple[dict[str, ConfigValue], 
         raise ModelError(f"{folder} holds only what training changed of {base}, which is gone: put it back there")
     config, weights = module.open_folder(base)
     same_config = all(raw.get(key) == value for key, value in config.items())
-    if not same_config or not _unchanged(_files(weights), named.get("files")):
+    if not same_config or not unchanged(weights, named.get("files")):
         raise ModelError(
             f"{folder} holds only what training changed of {base}, which is another model now: put it back"
         )
@@ -286,29 +234,6 @@ def _open_folder(module: Family, folder: Path) -> tuple[dict[str, ConfigValue], 
     if strange := [name for name, tensor in delta.items() if tensor.shape != known.get(name)]:
         raise ModelError(f"{folder / DELTA_FILE} has {strange[0]!r}, which this model does not have in that shape")
     return config, {**weights, **delta}, base
-
-
-def _files(weights: Mapping[str, MappedTensor]) -> list[Path]:
-    return [Path(path) for path in sorted({t.path for t in weights.values()})]
-
-
-def _identity(path: Path) -> dict[str, int | str]:
-    """What tells a file from any other: its hash; its length and time say cheaply that nobody has written to it."""
-    status = path.stat()
-    return {"sha256": file_sha256(path).hex(), "num_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
-def _unchanged(files: Sequence[Path], recorded: Any) -> bool:
-    """Whether the files are those that were recorded; a copy with another time is."""
-    if not isinstance(recorded, dict) or set(recorded) != {path.name for path in files}:
-        return False
-    for path in files:
-        then, status = recorded[path.name], os.stat(path)
-        if not isinstance(then, dict) or then.get("num_bytes") != status.st_size:
-            return False
-        if then.get("mtime_ns") != status.st_mtime_ns and then.get("sha256") != file_sha256(path).hex():
-            return False
-    return True
 
 
 def add_update(

@@ -26,9 +26,9 @@ from edge_runtime.console import note, run_main
 from edge_runtime.cost import cost, micro_batches, trained
 from edge_runtime.engine import EngineOptions
 from edge_runtime.errors import EdgeError, TrainingFailed
+from edge_runtime.model_folder import save_folder
 from edge_runtime.planner import make_plan, mib
 from edge_runtime.records import Budget, TrainSettings
-from edge_runtime.source import save_folder
 from edge_runtime.weights import MappedTensor
 from tools import bench_common as bench
 from tools import datasets

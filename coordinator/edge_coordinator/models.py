@@ -25,9 +25,10 @@ from edge_runtime.kinds import FRESH
 from edge_runtime.layout import A, masked_tensors, targets
 from edge_runtime.manifest import Manifest, StoredTensor, decode_manifest, encode_manifest, make_manifest
 from edge_runtime.model import TensorSpec
+from edge_runtime.model_folder import save_folder
 from edge_runtime.peft import Adapter, fingerprint, write_adapter
 from edge_runtime.records import Plan, TrainSettings
-from edge_runtime.source import Source, find_checkpoint, open_source, save_folder
+from edge_runtime.source import Source, find_checkpoint, open_source
 from edge_runtime.store import BlobStore, cache_folder
 from edge_runtime.version_weights import left, merged
 from edge_runtime.wire import unpack_as

@@ -14,8 +14,9 @@ import pytest
 
 from edge_runtime.cli import main
 from edge_runtime.errors import ModelError, UsageError
+from edge_runtime.model_folder import CONFIG_FILE, NEXT, save_folder
 from edge_runtime.predict import Predictor
-from edge_runtime.source import Source, delta_base, find_checkpoint, open_source, save_folder
+from edge_runtime.source import Source, delta_base, find_checkpoint, open_source
 from edge_runtime.weights import MappedTensor, read_safetensors
 from tests.e2e.fleets import CONFIG, LABELS, tiny_model, write_data
 
@@ -58,6 +59,51 @@ def delta(base: Path, tmp_path: Path) -> Path:
     """A head trained on `base`."""
     source = open_it(base)
     return save(tmp_path / "delta", source, changed(source, 0, 1), source.base)
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+@pytest.mark.parametrize("is_delta", [False, True])
+def test_a_kill_between_the_files_of_a_model_leaves_the_new_one_whole(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int, is_delta: bool
+) -> None:
+    source, out = open_it(base), tmp_path / "out"
+    before = save(out, source, changed(source, 1, 1), source.base if not is_delta else None)
+    new = changed(source, 1, 2)
+    wanted = save(tmp_path / "wanted", source, new, source.base if is_delta else None)
+    done: list[Path] = []
+
+    def dying(source: Path, target: Path) -> None:
+        if Path(source).parent.name == NEXT:
+            if len(done) == moved:
+                raise KeyboardInterrupt
+            done.append(target)
+        replace(source, target)
+
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying)
+        if moved < 3:
+            with pytest.raises(KeyboardInterrupt):
+                save(out, source, new, source.base if is_delta else None)
+            assert (out / NEXT / CONFIG_FILE).exists()
+        else:
+            save(out, source, new, source.base if is_delta else None)
+    assert same_tensors(open_it(before), open_it(wanted))
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in wanted.iterdir())
+
+
+def test_a_kill_while_the_files_are_written_leaves_the_model_that_was_there(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = open_it(base), tmp_path / "out"
+    save(out, source, changed(source, 1, 1), None)
+    wanted = save(tmp_path / "wanted", source, changed(source, 1, 1), None)
+    draft = out / f"{NEXT}.999999999.x"  # of a process that is gone
+    draft.mkdir()
+    (draft / "model.safetensors").write_bytes(b"half")
+    assert same_tensors(open_it(out), open_it(wanted))
+    save(out, source, changed(source, 1, 2), None)
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
 def test_a_delta_holds_what_was_trained_and_reads_as_the_whole_model(base: Path, tmp_path: Path) -> None:

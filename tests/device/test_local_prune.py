@@ -13,9 +13,10 @@ from edge_runtime import cli
 from edge_runtime.errors import UsageError
 from edge_runtime.export import export_onnx
 from edge_runtime.local_prune import by_magnitude, prune
+from edge_runtime.model_folder import save_folder
 from edge_runtime.predict import Predictor
 from edge_runtime.pruning import block_widths, kept_groups, pruned_spec
-from edge_runtime.source import find_checkpoint, open_source, save_folder
+from edge_runtime.source import find_checkpoint, open_source
 from edge_runtime.weights import read_safetensors, write_arrays
 from tests.networks import bert_spec, write_weights
 

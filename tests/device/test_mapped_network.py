@@ -29,8 +29,9 @@ from edge_runtime.graphs.bundle import GraphSet
 from edge_runtime.manifest import encode_manifest, make_manifest
 from edge_runtime.mapped_network import MappedNetwork
 from edge_runtime.model import ModelSpec
+from edge_runtime.model_folder import save_folder
 from edge_runtime.predict import Predictor
-from edge_runtime.source import MANIFEST_FILE, STORE_FOLDER, save_folder
+from edge_runtime.source import MANIFEST_FILE, STORE_FOLDER
 from edge_runtime.store import BlobStore, atomic_writer, cache_folder
 from edge_runtime.weights import MappedTensor
 from tests.e2e.fleets import CONFIG, LABELS, tiny_model

@@ -11,8 +11,9 @@ from edge_runtime.engine import Engine
 from edge_runtime.errors import UsageError
 from edge_runtime.local import Device, Planned, Prepared, train
 from edge_runtime.model import ModelSpec
+from edge_runtime.model_folder import check_model_folder, save_folder
 from edge_runtime.records import Budget
-from edge_runtime.source import Source, check_model_folder, find_checkpoint, open_source, save_folder
+from edge_runtime.source import Source, find_checkpoint, open_source
 from tests.e2e.fleets import LABELS, tiny_model
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from edge_models import bert
 from edge_runtime.model import TensorSpec
-from edge_runtime.source import save_folder
+from edge_runtime.model_folder import save_folder
 from edge_runtime.weights import MappedTensor
 
 GOLDEN = Path(__file__).parent / "peft"
