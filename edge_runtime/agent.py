@@ -32,9 +32,10 @@ from edge_runtime.prune_plan import misfit as pruning_misfit
 from edge_runtime.records import CostRow, Plan, TrainReport
 from edge_runtime.residual import feedback_job
 from edge_runtime.session import Session
+from edge_runtime.store import is_answered_from
 from edge_runtime.topics import Topics
 from edge_runtime.training.optimizers import OPTIMIZERS
-from edge_runtime.training.patient import NICENESS, PatientWorker
+from edge_runtime.training.patient import PatientWorker
 from edge_runtime.transport import Connected, Disconnected, Event, Message, Transport
 from edge_runtime.version import software
 from edge_runtime.wire import (
@@ -60,6 +61,7 @@ SHRINK = 0.85  # of the memory at which an attempt was killed
 EVENTS_A_TICK = 64
 RETRY_S = 30.0  # after the disk was full or the data could not be read
 MAX_REFUSALS = 3  # by the broker, one after the other
+NICENESS = 5  # of the training process, without conditions
 
 
 @dataclass
@@ -95,6 +97,7 @@ class Agent:
         self.topics = Topics(realm)
         self.boot, self._sequence = os.urandom(8), 0
         self.bytes_up = self.bytes_down = 0
+        self._folder = folder
         self.keeper = ModelKeeper(folder, families, emit)
         self.outbox = Outbox(folder, random.Random(self.boot))
         self._round: Round | None = None
@@ -159,6 +162,8 @@ class Agent:
             while self.transport.in_flight() < MAX_IN_FLIGHT and (chunk := self.outbox.sender.next_chunk()):
                 self._publish(self.topics.up(self.device, "c"), chunk)
             if self._training:
+                if is_answered_from(self._folder):
+                    self._training.worker.come_last()
                 self._watch_training(self._training)
             else:
                 self.gate.look()

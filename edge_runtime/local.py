@@ -40,7 +40,7 @@ from edge_runtime.source import (
     save_folder,
 )
 from edge_runtime.store import cache_folder, make_folder, read_json
-from edge_runtime.training.patient import NICENESS, PatientWorker
+from edge_runtime.training.patient import PatientWorker
 from edge_runtime.training.process import model_job, run_worker, wait_for
 from edge_runtime.wire import from_plain, to_plain
 
@@ -313,7 +313,7 @@ def train(
             peak_bytes=chosen.chosen.peak_bytes,
             limit_bytes=planned.budget.memory_bytes,
             threads=device.threads,
-            nice=NICENESS if gate else 0,
+            nice=0,
         )
 
         def other(line: dict[str, Any]) -> None:

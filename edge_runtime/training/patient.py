@@ -23,7 +23,7 @@ from edge_runtime.training.orders import GO, LEAVE, PAUSE
 from edge_runtime.training.process import Worker
 
 LEAVE_AFTER_S = 300.0
-NICENESS = 5
+LAST = 19  # niceness of a training with conditions, or beside `serve` (docs/decisions/0014-nice-19-beside-serve.md)
 
 
 class PatientWorker:
@@ -38,9 +38,13 @@ class PatientWorker:
         Args:
             folders: where the saved training may lie: the first that is a disk; there is none: it stays in memory.
             peak_bytes: what it is promised to hold.
+            nice: its niceness where the gate has no conditions; with some it comes last.
         """
         self._gate, self._clock = gate, clock
-        self._peak_bytes, self._options = peak_bytes, {"limit_bytes": limit_bytes, "threads": threads, "nice": nice}
+        self._peak_bytes, self._options = (
+            peak_bytes,
+            {"limit_bytes": limit_bytes, "threads": threads, "nice": LAST if gate.has_conditions else nice},
+        )
         self._file = _nameless(folders) if gate.has_conditions else None
         self._said, self._paused_at = GO, 0.0
         self._worker: Worker | None = self._start(job)
@@ -72,6 +76,13 @@ class PatientWorker:
         if line and "result" in line:
             self.close()
         return line
+
+    def come_last(self) -> None:
+        """Have the lowest priority from now on, as somebody waits for answers."""
+        if self._options["nice"] != LAST:
+            self._options["nice"] = LAST
+            if self._worker:
+                self._worker.lower(LAST)
 
     def close(self) -> None:
         """As `Worker.close`."""

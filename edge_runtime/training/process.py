@@ -131,6 +131,10 @@ class Worker:
             self._process.stdin.write(line.encode() + b"\n")
             self._process.stdin.flush()
 
+    def lower(self, nice: int) -> None:
+        """Give it, as it runs, at least this niceness."""
+        _lower_priority(self.pid, nice)
+
     def poll(self, timeout_s: float) -> dict[str, Any] | None:
         """The next line of progress ({"step", "steps", "loss"}) or the end ({"result"}), or None.
 
@@ -327,6 +331,9 @@ def _lower_priority(pid: int, nice: int) -> None:
     with contextlib.suppress(OSError):
         nice = max(nice, os.getpriority(os.PRIO_PROCESS, pid))
         os.setpriority(os.PRIO_PROCESS, pid, nice)
+    for thread in Path(f"/proc/{pid}/task").glob("*"):  # Linux: each has its own
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, int(thread.name), nice)
     with contextlib.suppress(OSError):
         Path(f"/proc/{pid}/autogroup").write_text(str(nice))
 

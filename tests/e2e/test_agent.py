@@ -19,13 +19,15 @@ import pytest
 
 from edge_coordinator.fleet import Fleet as FleetFolder
 from edge_coordinator.ledger import read_join
-from edge_runtime.agent import MAX_ATTEMPTS, SHRINK, Agent
+from edge_runtime.agent import MAX_ATTEMPTS, NICENESS, SHRINK, Agent
 from edge_runtime.gate import Gate
 from edge_runtime.local import DataOptions
 from edge_runtime.records import CostRow, Plan
 from edge_runtime.session import Session
-from edge_runtime.store import BlobStore
+from edge_runtime.store import BlobStore, answering_from, is_answered_from
 from edge_runtime.topics import Topics
+from edge_runtime.training import patient
+from edge_runtime.training.patient import LAST
 from edge_runtime.transport import LocalBroker, LocalTransport, Message
 from edge_runtime.wire import MAX_MANIFEST_BYTES, Grant, Model, encode
 from tests.e2e.fleets import write_data
@@ -251,9 +253,25 @@ def test_a_training_whose_round_has_failed_is_stopped(tmp_path: Path, model: Pat
 # the conditions
 
 
-def test_a_device_joins_when_its_conditions_hold_pauses_when_they_end_and_drops_a_round_that_ends_meanwhile(
+def test_a_training_comes_last_as_soon_as_somebody_answers_from_the_folder(
     tmp_path: Path, model: Path, home: Path
 ) -> None:
+    world, folder = World(tmp_path / "f", model, devices=1), tmp_path / "d"
+    with running(Device(world.broker, folder, home)) as device:
+        until(lambda: device.kinds("training"), world, device)
+        (process,) = training_processes()
+        process.suspend()
+        assert process.nice() == max(NICENESS, psutil.Process().nice()) and not is_answered_from(folder)
+        with answering_from(folder):
+            device.step()
+            assert process.nice() == LAST and is_answered_from(folder)
+    assert not is_answered_from(folder)
+
+
+def test_a_device_joins_when_its_conditions_hold_pauses_when_they_end_and_drops_a_round_that_ends_meanwhile(
+    tmp_path: Path, model: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patient, "LAST", 0)  # on a machine that is busy with other tests it would take minutes
     world, plug = World(tmp_path / "f", model, devices=1, rounds=2), Plug(tmp_path / "root", plugged=False, look_s=1.0)
 
     def waits() -> bool:
