@@ -21,6 +21,7 @@ from typing import Any
 
 from edge_runtime.codecs import CODECS
 from edge_runtime.errors import ConnectionFailed, DoesNotFit, EdgeError, StoreError, TrainingFailed, WireError
+from edge_runtime.gate import Gate
 from edge_runtime.keeper import Emit, ModelKeeper
 from edge_runtime.kinds import FRESH
 from edge_runtime.layout import layout, misfit, scale
@@ -31,9 +32,10 @@ from edge_runtime.prune_plan import misfit as pruning_misfit
 from edge_runtime.records import CostRow, Plan, TrainReport
 from edge_runtime.residual import feedback_job
 from edge_runtime.session import Session
+from edge_runtime.store import is_answered_from
 from edge_runtime.topics import Topics
 from edge_runtime.training.optimizers import OPTIMIZERS
-from edge_runtime.training.process import Worker
+from edge_runtime.training.patient import PatientWorker
 from edge_runtime.transport import Connected, Disconnected, Event, Message, Transport
 from edge_runtime.version import software
 from edge_runtime.wire import (
@@ -59,7 +61,7 @@ SHRINK = 0.85  # of the memory at which an attempt was killed
 EVENTS_A_TICK = 64
 RETRY_S = 30.0  # after the disk was full or the data could not be read
 MAX_REFUSALS = 3  # by the broker, one after the other
-NICENESS = 5  # of the training process
+NICENESS = 5  # of the training process, without conditions
 
 
 @dataclass
@@ -68,7 +70,7 @@ class Training:
 
     grant: Grant
     plan: Plan  # the grant's, or a smaller one of the same depth
-    worker: Worker
+    worker: PatientWorker
     attempt: int
     limit_bytes: int
 
@@ -86,13 +88,16 @@ class Agent:
         emit: Emit,
         *,
         families: tuple[str, ...],
+        gate: Gate | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Args: gate: whether training may go on now; None: always."""
         self.device, self.session, self.transport = device, session, transport
-        self.emit, self.clock = emit, clock
+        self.emit, self.clock, self.gate = emit, clock, gate or Gate((), clock=clock)
         self.topics = Topics(realm)
         self.boot, self._sequence = os.urandom(8), 0
         self.bytes_up = self.bytes_down = 0
+        self._folder = folder
         self.keeper = ModelKeeper(folder, families, emit)
         self.outbox = Outbox(folder, random.Random(self.boot))
         self._round: Round | None = None
@@ -102,6 +107,7 @@ class Agent:
         self._retry_at = 0.0
         self._status_at, self._activity = 0.0, "starting"
         self._refusals = 0
+        self._waiting_for = ""  # as it was last told
         self._train_ratio = self._uplink_bytes_per_s = 0.0  # as the last training and sending were
         self._sending_at: float | None = None  # since when the whole update is asked for; 0: not yet
         if self.outbox.damaged:
@@ -137,7 +143,7 @@ class Agent:
             self.outbox.hurry()
             self._joined_at = 0.0
             self.emit({"event": "connected"})
-            self._say(self._activity if self._training else "idle", force=True)
+            self._say(self._activity if self._training else self._at_rest, force=True)
         elif isinstance(event, Disconnected):
             self._disconnected(event)
         else:
@@ -156,7 +162,12 @@ class Agent:
             while self.transport.in_flight() < MAX_IN_FLIGHT and (chunk := self.outbox.sender.next_chunk()):
                 self._publish(self.topics.up(self.device, "c"), chunk)
             if self._training:
+                if is_answered_from(self._folder):
+                    self._training.worker.come_last()
                 self._watch_training(self._training)
+            else:
+                self.gate.look()
+            self._tell_waiting()
             if now < self._retry_at:
                 return
             self._keep_model(now)
@@ -209,7 +220,7 @@ class Agent:
         if self.keeper.complete():
             self._joined_at = 0.0
             self.emit({"event": "model", "model_version": self.keeper.held, **self._traffic()})
-            self._say("idle", force=True)
+            self._say(self._at_rest, force=True)
 
     # joining
 
@@ -224,7 +235,13 @@ class Agent:
     def _join_round(self, now: float) -> None:
         """Say what we could do for the open round, again and again until there is an answer."""
         round_, manifest = self._round, self.keeper.manifest
-        if round_ is None or self._training or self.outbox.pending or (round_.run, round_.round) == self._settled:
+        if (
+            round_ is None
+            or self._training
+            or not self.gate.is_open
+            or self.outbox.pending
+            or (round_.run, round_.round) == self._settled
+        ):
             return
         if manifest is None or manifest.version != round_.model_version or not self.keeper.up_to_date:
             return
@@ -261,7 +278,7 @@ class Agent:
         elif ack.status in ("excluded", "declined"):
             self.emit({"event": ack.status, "round": ack.round, "reason": ack.reason})
         self._settled = (ack.run, ack.round)
-        self._say(f"{ack.status}: {ack.reason}"[:120] if ack.reason else "idle")
+        self._say(f"{ack.status}: {ack.reason}"[:120] if ack.reason else self._at_rest)
 
     def _decline(self, grant: Grant, reason: str, needs_bytes: int = 0) -> None:
         """Give a granted plan back, so that the round does not wait for us."""
@@ -276,6 +293,9 @@ class Agent:
     def _granted(self, grant: Grant) -> None:
         manifest = self.keeper.manifest
         if self._training or self.outbox.pending or (grant.run, grant.round) == self._settled:
+            return
+        if not self.gate.is_open:
+            self._joined_at = 0.0  # the conditions have ended: ask again when they hold
             return
         if manifest is None or grant.model_version != manifest.version or not self.keeper.up_to_date:
             self._joined_at = 0.0  # the model is still on its way: ask again when it is here
@@ -314,7 +334,15 @@ class Agent:
             kept, draft = self.outbox.residual.kept, self.outbox.residual.draft
             which = (grant.run, grant.round, self.keeper.manifest, plan.settings)
             job["residual"] = feedback_job(kept, draft, *which)
-        worker = Worker(job, limit_bytes=limit_bytes, threads=self.session.threads, nice=NICENESS)
+        worker = PatientWorker(
+            job,
+            self.gate,
+            folders=(self.outbox.draft.parent, self.keeper.store.folder),
+            peak_bytes=plan.chosen.peak_bytes,
+            limit_bytes=limit_bytes,
+            threads=self.session.threads,
+            nice=NICENESS,
+        )
         self._training = Training(grant, plan, worker, attempt, limit_bytes)
         chosen = plan.chosen
         self.emit(
@@ -361,9 +389,30 @@ class Agent:
         elif line and "smaller" in line:
             row = {key: line["smaller"][key] for key in ("checkpointing", "micro_batch", "peak_bytes")}
             self.emit({"event": "backed-off", "round": training.grant.round, "step": line["step"], **row})
+        elif line and ("paused" in line or "resumed" in line):
+            self._paused_or_resumed(training, line)
         elif line:
             self.emit({"event": "step", "round": training.grant.round, **line})
             self._say("training", step=line["step"], steps=line["steps"])
+
+    def _paused_or_resumed(self, training: Training, line: dict[str, Any]) -> None:
+        event = "paused" if "paused" in line else "resumed"
+        step, steps = line[event], training.plan.steps
+        self.emit({"event": event, "round": training.grant.round, "step": step, "steps": steps})
+        self._say("training" if event == "resumed" else self._at_rest, step=step, steps=steps, force=True)
+
+    def _tell_waiting(self) -> None:
+        """Say what is waited for when it is something else, and when it is over."""
+        found = self.gate.words
+        if found != self._waiting_for:
+            self._waiting_for = found
+            self.emit({"event": "waiting", "reason": found} if found else {"event": "going-on"})
+            self._say("training" if self._training and not found else self._at_rest, force=True)
+
+    @property
+    def _at_rest(self) -> str:
+        """What this device does while it trains nothing."""
+        return f"waiting: {self.gate.words}"[:120] if self.gate.words else "idle"
 
     def _failed(self, training: Training, error: TrainingFailed) -> None:
         """The child died, not the device. Killed: the same again, then smaller. Out of memory: smaller. Else given back."""
@@ -399,7 +448,7 @@ class Agent:
             self.outbox.drop_draft()
             self.emit({"event": "abandoned", "round": self._training.grant.round, "reason": why})
             self._training = None
-            self._say("idle", force=True)
+            self._say(self._at_rest, force=True)
 
     # saying things
 
@@ -417,7 +466,9 @@ class Agent:
 
     def _status(self, state: str, step: int = 0, steps: int = 0) -> bytes:
         number = self._round.round if self._round else 0
-        return self._encode(Status(state, software(), self.keeper.held, self._activity, number, step, steps))
+        return self._encode(
+            Status(state, software(), self.keeper.held, self._activity, number, step, steps, not self.gate.is_open)
+        )
 
     def _say(self, activity: str, *, step: int = 0, steps: int = 0, force: bool = False) -> None:
         now = self.clock()

@@ -30,6 +30,10 @@ SENTENCES: Sentences = {
         f"round {e['round']}: memory gets short: going on in smaller pieces of {e['micro_batch']} texts, "
         f"at most {mib(e['peak_bytes'])}"
     ),
+    "waiting": lambda e: f"waiting: {e['reason']}",
+    "going-on": lambda e: "the conditions of training hold: going on",
+    "paused": lambda e: f"round {e['round']}: paused after step {e['step']} of {e['steps']}",
+    "resumed": lambda e: f"round {e['round']}: goes on after step {e['step']} of {e['steps']}",
     "training-failed": lambda e: f"round {e['round']}: the training failed: {e['reason']}",
     "abandoned": lambda e: f"round {e['round']}: the training was stopped: {e['reason']}",
     "committed": lambda e: (

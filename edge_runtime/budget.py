@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from edge_runtime.errors import UsageError
 from edge_runtime.records import DeviceProfile
@@ -94,6 +95,16 @@ def memory_budget(text: str, profile: DeviceProfile) -> int:
     if size == 0:
         raise UsageError("no memory is no budget: write for example 300MB, or auto")
     return min(size, available)
+
+
+def keeping_free(profile: DeviceProfile, num_bytes: int) -> DeviceProfile:
+    """A machine of whose available memory so much is not for training."""
+    in_cgroup = profile.cgroup_available_bytes
+    return replace(
+        profile,
+        ram_available_bytes=max(0, profile.ram_available_bytes - num_bytes),
+        cgroup_available_bytes=None if in_cgroup is None else max(0, in_cgroup - num_bytes),
+    )
 
 
 def reserve_bytes(limit_bytes: int) -> int:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from edge_runtime import commands as do
+from edge_runtime.conditions import EXAMPLES
 from edge_runtime.console import EXIT_CODES, Commands, new_parser, run_main
 from edge_runtime.engine import BACKENDS, PRECISIONS
 from edge_runtime.records import TrainSettings
@@ -22,6 +23,7 @@ from edge_runtime.training.optimizers import OPTIMIZERS
 from edge_runtime.version import software
 
 MERGED = "LoRA adapters, ours or PEFT's, to add into the model, which may be an alias then"
+WHEN = f"train only while these hold, and pause meanwhile; any of: {EXAMPLES}"
 
 _parser = partial(new_parser, exit_codes=EXIT_CODES)
 
@@ -129,6 +131,7 @@ def _add_train(commands: Commands) -> None:
     )
     delta = "write only the trained tensors; the model's folder must then stay as it is and where it is"
     train.add_argument("--delta", action="store_true", help=delta)
+    train.add_argument("--when", default="", metavar="CONDITIONS", help=WHEN)
     train.set_defaults(run=do.run_train, upload=None)
 
 
@@ -139,6 +142,7 @@ def _add_join(commands: Commands) -> None:
         "Take part in a fleet until told to stop.",
         "edge-runtime join --config pi-7.toml --data texts.csv --state /var/lib/edge",
         "edge-runtime join --config pi-7.toml --memory 450MB --upload 8MB",
+        "edge-runtime join --config pi-7.toml --when 'idle, charging, temperature<70, time=22:00-06:00'",
     )
     join.add_argument(
         "--config", required=True, type=Path, help="the file that `edge-coordinator enroll` made for this device"
@@ -150,6 +154,7 @@ def _add_join(commands: Commands) -> None:
     join.add_argument("--time", help="longest training in one round, for example 15m")
     join.add_argument("--upload", help="most bytes of one update, for example 8MB")
     join.add_argument("--threads", type=_count, help="threads for training (default: all cores)")
+    join.add_argument("--when", metavar="CONDITIONS", help=WHEN)
     _engine_flags(join, defaults=False)
     _data_flags(join, defaults=False)
     join.set_defaults(run=do.run_join)

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edge_runtime import local
-from edge_runtime.budget import memory_budget
+from edge_runtime.budget import keeping_free, memory_budget
+from edge_runtime.conditions import kept_free_bytes, parse_conditions, readings_in_words
 from edge_runtime.console import Bar, note, print_json, table
 from edge_runtime.engine import EngineOptions
 from edge_runtime.errors import DoesNotFit, EdgeError, UsageError
+from edge_runtime.gate import Gate
 from edge_runtime.planner import mib
 from edge_runtime.records import DeviceProfile, TrainSettings
+from edge_runtime.sensors import Sensors
 
 if TYPE_CHECKING:
     from edge_runtime.data import Example
@@ -37,11 +40,13 @@ PREDICT_TEXTS = 256  # read before they are classified together
 
 def run_profile(args: Namespace) -> int:
     """Measure this machine and print what bounds training on it."""
+    sensors = Sensors()
+    now = sensors.settled()  # before our own probe
     found = local.Device.measure().profile
     if args.json:
-        print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(found) | {"conditions": dataclasses.asdict(now)})
     else:
-        _print_fields(18, _profile_fields(found))
+        _print_fields(18, [*_profile_fields(found), ("for --when", readings_in_words(now))])
     return 0
 
 
@@ -115,6 +120,8 @@ def _settings(args: Namespace) -> TrainSettings:
 def _plan(args: Namespace, settings: TrainSettings) -> tuple[local.Planned, local.Device]:
     """The plan for the flags that `plan` and `train` share, and the device it is for."""
     device = local.Device.measure(args.threads, speed=False)
+    free_bytes = kept_free_bytes(parse_conditions(getattr(args, "when", "")))
+    device = dataclasses.replace(device, profile=keeping_free(device.profile, free_bytes))
     bad_rows = "skip" if args.skip_bad_rows else "error"
     planned = local.plan(
         args.model,
@@ -212,9 +219,12 @@ def _plan_cells(planned: local.Planned) -> list[list[str]]:
 def run_train(args: Namespace) -> int:
     """Plan, finetune in a worker process within the budget, save the model, and print what was promised and measured."""
     local.check_outputs(args.out, args.adapter_out, delta=args.delta)
+    gate = Gate(parse_conditions(args.when)) if args.when else None
+    if gate:
+        gate.wait(note)
     planned, device = _plan(args, _settings(args))
-    outputs = {"delta": args.delta, "adapter_out": args.adapter_out}
-    trained = local.train(planned, args.out, device=device, depth=args.depth, **outputs, progress=Bar("training"))
+    how = {"delta": args.delta, "adapter_out": args.adapter_out, "gate": gate, "note": note}
+    trained = local.train(planned, args.out, device=device, depth=args.depth, **how, progress=Bar("training"))
     if args.json:
         print_json(
             dataclasses.asdict(trained.report)
@@ -255,7 +265,8 @@ def _trained_fields(planned: local.Planned, trained: local.Trained) -> list[tupl
         (
             "time",
             f"{report.train_s:.1f} s measured, {report.promised_s:.1f} s promised; "
-            f"{report.total_s:.1f} s with start and end",
+            f"{report.total_s:.1f} s with start and end"
+            + (f", {report.paused_s:.1f} s paused" if report.paused_s else ""),
         ),
         ("loss", f"{report.first_loss:.3f} -> {report.last_loss:.3f}"),
         ("accuracy", accuracy),

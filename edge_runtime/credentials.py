@@ -36,6 +36,7 @@ class DeviceSection:
     text_column: str = "text"
     label_column: str = "label"
     encoding: str = ""
+    when: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ family = {quoted["family"]}
 # time = ""                 # for one round's training, for example 15m
 # upload = ""               # for one update, for example 8MB
 # threads = 0               # 0: all cores
+# when = ""                 # train only while these hold, for example "idle, charging, temperature<70"
 """
 
 

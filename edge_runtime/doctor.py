@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_runtime.conditions import parse_conditions, readings_in_words, shown, unmet
 from edge_runtime.console import print_json
 from edge_runtime.errors import EdgeError, UsageError
+from edge_runtime.sensors import Sensors
 
 if TYPE_CHECKING:
     from edge_runtime.credentials import Credentials
@@ -58,7 +60,10 @@ def examine(config: Path | None, state: Path | None) -> list[Finding]:
     except UsageError as error:
         unreadable = str(error)
     folder = _state(who, state)
-    findings = [*_machine(folder, tls=bool(who and who.ca_file))]
+    findings = [
+        *_machine(folder, tls=bool(who and who.ca_file)),
+        conditions(who.settings.when if who else "", Sensors(ROOT)),
+    ]
     if config is None:
         return [*findings, Finding("fleet", UNKNOWN, "not looked at: --config names no device's file")]
     if who is None:
@@ -72,6 +77,27 @@ def examine(config: Path | None, state: Path | None) -> list[Finding]:
             ),
         ]
     return [*findings, fleet.credentials(config), *fleet.examine(who, folder)]
+
+
+def conditions(when: str, sensors: Sensors) -> Finding:
+    """Whether training may begin now, and what its conditions read. Args: when: of the device's file; empty: none."""
+    check = "conditions"
+    try:
+        wanted = parse_conditions(when)
+    except UsageError as error:
+        return Finding(check, WRONG, str(error), "correct `when` in the [device] section of the device's file")
+    if missing := [f"{shown(c)}: {why}" for c in wanted if (why := sensors.lacks(c.name))]:
+        return Finding(
+            check, WRONG, "; ".join(missing), "this device can never tell: leave that condition out of `when`"
+        )
+    now = sensors.settled()
+    if not wanted:
+        return Finding(check, OK, f"none: training begins at any time ({readings_in_words(now)})")
+    if found := unmet(wanted, now):
+        return Finding(
+            check, WARNING, f"waiting: {'; '.join(u.words for u in found)}", "training waits until they hold"
+        )
+    return Finding(check, OK, f"hold now: {', '.join(map(shown, wanted))}")
 
 
 def _state(who: Credentials | None, state: Path | None) -> Path:

@@ -14,10 +14,12 @@ from edge_runtime import local
 from edge_runtime.agent import Agent
 from edge_runtime.agent_log import AgentLog
 from edge_runtime.budget import parse_bytes, parse_seconds
+from edge_runtime.conditions import kept_free_bytes, parse_conditions
 from edge_runtime.console import note, print_json, until_told_to_stop
 from edge_runtime.credentials import Credentials, DeviceSection, read_credentials
 from edge_runtime.engine import EngineOptions
 from edge_runtime.errors import DataError, UsageError
+from edge_runtime.gate import Gate
 from edge_runtime.notify import alive, notify
 from edge_runtime.session import Session
 from edge_runtime.store import lock_folder
@@ -33,6 +35,7 @@ def join(args: Namespace) -> None:
     wanted = _flags_over(args, who.settings)
     state = Path(wanted.state or f"edge-{who.device}").absolute()
     session = _session(wanted, state / "cache")
+    gate = Gate(parse_conditions(wanted.when))
     session.budget()  # a budget that is no budget is said at once
     transport = _transport(who)
     log = print_json if args.json else AgentLog()
@@ -44,7 +47,7 @@ def join(args: Namespace) -> None:
                 notify("STOPPING=1")
             return may_go_on()
 
-        agent = Agent(who.device, who.realm, state, session, transport, log, families=(who.family,))
+        agent = Agent(who.device, who.realm, state, session, transport, log, families=(who.family,), gate=gate)
         notify("READY=1")
         agent.run(keep_going)
 
@@ -76,6 +79,7 @@ def _session(wanted: DeviceSection, cache: Path) -> Session:
         engine=EngineOptions(wanted.backend, wanted.precision, not wanted.no_prefix_cache),
         options=local.DataOptions(wanted.text_column, wanted.label_column, wanted.encoding or None, "skip"),
         say=note,
+        keep_free_bytes=kept_free_bytes(parse_conditions(wanted.when)),
     )
 
 

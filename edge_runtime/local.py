@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from edge_runtime import hardware
 from edge_runtime.budget import memory_budget, parse_bytes, parse_seconds
@@ -23,6 +24,7 @@ from edge_runtime.calibration import Remembered, calibrate, remembered
 from edge_runtime.cost import Calibration, DataShape, shape_of
 from edge_runtime.engine import Engine, EngineOptions, check_options, find_engine, torch_version
 from edge_runtime.errors import DataError, DoesNotFit, StoreError, TrainingFailed, UsageError
+from edge_runtime.gate import Gate
 from edge_runtime.local_lora import beginning, begun, check_lora, results
 from edge_runtime.model_folder import check_model_folder, save_folder
 from edge_runtime.peft import Adapter, check_adapter_folder, fingerprint, read_adapter, write_adapter
@@ -37,7 +39,8 @@ from edge_runtime.source import (
     open_source,
 )
 from edge_runtime.store import cache_folder, make_folder, read_json
-from edge_runtime.training.process import Worker, model_job, run_worker, wait_for
+from edge_runtime.training.patient import PatientWorker
+from edge_runtime.training.process import model_job, run_worker, wait_for
 from edge_runtime.wire import from_plain, to_plain
 
 SCRATCH = ".training."  # and the number of the process: in the folder that is written to
@@ -252,7 +255,9 @@ def train(
     depth: int | None = None,
     delta: bool = False,
     adapter_out: str | Path | None = None,
+    gate: Gate | None = None,
     progress: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Trained:
     """Carry out a plan in a worker process under its memory budget, and save the model as a folder.
 
@@ -262,7 +267,9 @@ def train(
         out: folder for the whole model; None with `adapter_out` alone.
         delta: write only the trained tensors and a reference to the base's folder, which must stay as it is.
         adapter_out: folder for the adapters and the head alone, which PEFT reads too.
+        gate: the conditions; training pauses while they do not hold, and comes after what else the device does.
         progress: called with (step, steps, loss).
+        note: called with what is waited for.
 
     Raises:
         DoesNotFit: nothing fits, or the asked depth does not.
@@ -297,9 +304,25 @@ def train(
                 "update": str(update.absolute()),
             }
         )
-        worker = Worker(job, limit_bytes=planned.budget.memory_bytes, threads=device.threads)
+        conditions = gate or Gate(())
+        worker = PatientWorker(
+            job,
+            conditions,
+            folders=(scratch, cache_folder()),
+            peak_bytes=chosen.chosen.peak_bytes,
+            limit_bytes=planned.budget.memory_bytes,
+            threads=device.threads,
+            nice=0,
+        )
+
+        def other(line: dict[str, Any]) -> None:
+            if "paused" in line:
+                note(f"paused after step {line['paused']} of {chosen.steps}, waiting: {conditions.words}")
+            elif "resumed" in line:
+                note(f"goes on after step {line['resumed']} of {chosen.steps}")
+
         try:
-            report: TrainReport = from_plain(TrainReport, wait_for(worker, progress)["report"], "report")
+            report: TrainReport = from_plain(TrainReport, wait_for(worker, progress, other=other)["report"], "report")
         except TrainingFailed as error:
             raise _corrected(error, planned, chosen, device) from None
         if not report.backed_off:

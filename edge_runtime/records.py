@@ -168,3 +168,4 @@ class TrainReport:
     codec: Name = "f32"  # of the update as it is sent, with "+zlib" behind it where that made it smaller
     sparsity: float = 0.0  # share of the blocks' matrices that is pruned at the end
     kept: Annotated[str, Range(0, 2 * MAX_KEPT_BYTES)] = ""  # what of a pruned model is kept then, as hex
+    paused_s: float = 0.0  # it waited for its conditions; in none of the other seconds

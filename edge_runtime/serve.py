@@ -22,7 +22,9 @@ from edge_runtime.http_server import HttpServer, Limits
 from edge_runtime.live_model import Emit, LiveModel
 from edge_runtime.mqtt_answers import MqttAnswers
 from edge_runtime.notify import alive, notify
+from edge_runtime.store import answering_from
 from edge_runtime.topics import Topics, check_id
+from edge_runtime.versions import is_state_folder
 
 FOLLOW_S = 0.2  # between two looks for another version
 SENTENCES: Sentences = {
@@ -53,6 +55,11 @@ def serve(args: Namespace) -> int:
         with one_line:
             (print_json if args.json else _tell)(event)
 
+    with answering_from(args.model) if is_state_folder(args.model) else contextlib.nullcontext():
+        return _load_and_serve(args, who, emit)
+
+
+def _load_and_serve(args: Namespace, who: Credentials | None, emit: Emit) -> int:
     model = LiveModel(
         args.model, args.threads, emit, family=args.family, adapter=args.adapter, long=args.long, progress=note
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_runtime import hardware
-from edge_runtime.budget import memory_budget
+from edge_runtime.budget import keeping_free, memory_budget
 from edge_runtime.calibration import Remembered, calibrate, remembered
 from edge_runtime.codecs import update_bytes
 from edge_runtime.cost import Calibration, DataShape, cost, trained
@@ -67,11 +67,12 @@ class Session:
 
     def __init__(
         self, data: Path, cache: Path, *, memory: str, time_s: float | None, upload_bytes: int | None, threads: int, options: DataOptions,
-        say: Callable[[str], None], engine: EngineOptions | None = None,
+        say: Callable[[str], None], engine: EngineOptions | None = None, keep_free_bytes: int = 0,
     ) -> None:  # fmt: skip
+        """Args: keep_free_bytes: of the memory that is available, which budgets leave to others."""
         self.threads = threads
         self._data, self._cache, self._memory, self._options, self._say = data, cache, memory, options, say
-        self._time_s, self._upload_bytes = time_s, upload_bytes
+        self._time_s, self._upload_bytes, self._keep_free_bytes = time_s, upload_bytes, keep_free_bytes
         self._engine = check_options(engine or EngineOptions())
         self._made: dict[object, _Made] = {}  # by `_choices`
 
@@ -83,7 +84,7 @@ class Session:
 
     def profile(self) -> DeviceProfile:
         """This machine now, without the speed probe."""
-        return hardware.profile(speed=False)
+        return keeping_free(hardware.profile(speed=False), self._keep_free_bytes)
 
     def budget(self) -> Budget:
         """The limits now."""

@@ -55,6 +55,7 @@ class Status:
     round: Count = 0
     step: Count = 0
     steps: Count = 0
+    waiting: bool = False  # for the conditions of training: no round waits for this device meanwhile
 
 
 @dataclass(frozen=True)

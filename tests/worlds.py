@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime.conditions import parse_conditions
+from edge_runtime.gate import Gate
+from edge_runtime.sensors import Sensors
+
 
 @contextlib.contextmanager
 def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
@@ -28,6 +32,43 @@ def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+class Plug:
+    """A machine with a battery, free memory and a clock of its own: what the gate of a training looks at.
+
+    Attributes:
+        gate: its conditions are charging, and more than 1 GiB free.
+    """
+
+    def __init__(self, root: Path, *, plugged: bool = True, look_s: float = 0.1) -> None:
+        """Args: look_s: each look at the clock takes so long."""
+        self._root, self._now, self._look_s = root, 0.0, look_s
+        for name, kind in (("AC", "Mains"), ("BAT0", "Battery")):
+            (root / "sys/class/power_supply" / name).mkdir(parents=True)
+            (root / "sys/class/power_supply" / name / "type").write_text(kind)
+        (root / "sys/class/power_supply/BAT0/status").write_text("Discharging")
+        (root / "proc").mkdir()
+        self.is_plugged(plugged)
+        self.has_free(4 << 30)
+        self.gate = Gate(parse_conditions("charging, free-memory>1GiB"), Sensors(root, self.clock), self.clock)
+
+    def clock(self) -> float:
+        """Seconds since some time."""
+        self._now += self._look_s
+        return self._now
+
+    def jump(self, seconds: float) -> None:
+        """Time passes."""
+        self._now += seconds
+
+    def is_plugged(self, plugged: bool) -> None:
+        """Put the plug in, or pull it."""
+        (self._root / "sys/class/power_supply/AC/online").write_text(str(int(plugged)))
+
+    def has_free(self, num_bytes: int) -> None:
+        """Others take memory, or give it back."""
+        (self._root / "proc/meminfo").write_text(f"MemAvailable: {num_bytes >> 10} kB\n")
 
 
 def fill(folder: Path, leave: int = 0) -> Path:

@@ -40,6 +40,7 @@ class Peers:
         self._peers: dict[str, Peer] = {}
         self._busy: dict[str, None] = {}  # in order: who has said something that may not be done with
         self._online: set[str] = set()
+        self._waiting: set[str] = set()  # of these, for conditions of their own
         self._turn: list[str] = []
 
     def get(self, device: str) -> Peer:
@@ -53,12 +54,18 @@ class Peers:
         """What a device says of itself."""
         peer.status = status
         (self._online.add if status.state == "online" else self._online.discard)(peer.device)
+        (self._waiting.add if status.waiting else self._waiting.discard)(peer.device)
 
     def forget(self, device: str) -> None:
         """It was revoked: it is not there any more, whatever it said last."""
         self._peers.pop(device, None)
         self._busy.pop(device, None)
         self._online.discard(device)
+        self._waiting.discard(device)
+
+    def ready(self) -> Set[str]:
+        """Devices that are there and may train now: those that a round waits for."""
+        return self._online - self._waiting
 
     def online(self) -> Set[str]:
         """Devices that are there now."""

@@ -37,7 +37,7 @@ class RoundState:
     unable: int = 0  # devices that answered that they cannot, or that the method left out
     planned: int = 0
     committed: int = 0
-    present: int = 0  # devices that are online
+    present: int = 0  # devices that are online and do not wait for conditions of their own
     gave_up: int = 0  # planned devices that said they cannot finish
 
 

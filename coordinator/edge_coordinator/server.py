@@ -144,7 +144,7 @@ class Server:
                 self.emit({"event": "storage-error", "device": "", "reason": str(error)})
 
     def _advance(self, now: float) -> None:
-        happened = self.run.advance(now, len(self.peers.online()))
+        happened = self.run.advance(now, len(self.peers.ready()))
         if happened == "opened":
             self._announce_model()  # the run may have begun with other adapters
             self._announce_round()

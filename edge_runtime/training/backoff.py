@@ -2,7 +2,8 @@
 
 The worker process writes what it has trained to a file without a name, then executes itself anew with a smaller plan of
 the same depth: only that gives all memory back. The process keeps its number, its pipes and its cgroup, so who started it
-need not know. Linux only by its readings; elsewhere memory is never short.
+need not know. Linux only by its readings; elsewhere memory is never short. A training that is paused for long is kept in the
+same form, in a file that its agent holds open (`patient.py`), and goes on as the same plan.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from edge_runtime.budget import reserve_bytes
 from edge_runtime.errors import TrainingFailed
@@ -73,31 +75,60 @@ def on_disk(*folders: Path) -> Path:
 def begin_again(job: Mapping[str, Any], progress: Progress, arrays: Iterable[Array], folder: Path) -> NoReturn:
     """Execute this worker anew with a job, its progress and its arrays, kept in a file in `folder` that has no name."""
     with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(json.dumps({"job": job, "progress": vars(progress)}).encode() + b"\n")
-        for array in arrays:
-            file.write(array.data)
-        file.flush()
-        file.seek(0)
+        _write(file, {"job": job, "progress": vars(progress)}, arrays)
         os.set_inheritable(file.fileno(), True)
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-m", "edge_runtime.training.worker", str(file.fileno())])  # noqa: S606 - no shell
 
 
+def put_aside(job: Mapping[str, Any], progress: Progress, arrays: Iterable[Array], descriptor: int) -> None:
+    """Keep a job, its progress and its arrays in a file that is open already, for another process to go on from.
+
+    Raises:
+        OSError: there is no room for them; the file is empty then.
+    """
+    with os.fdopen(os.dup(descriptor), "r+b") as file:
+        file.seek(0)
+        file.truncate()
+        try:
+            _write(file, {"job": job, "progress": vars(progress), "left_at": time.monotonic()}, arrays)
+        except OSError:
+            os.truncate(descriptor, 0)
+            raise
+
+
+def _write(file: IO[bytes], header: Mapping[str, Any], arrays: Iterable[Array]) -> None:
+    file.write(json.dumps(header).encode() + b"\n")
+    for array in arrays:
+        file.write(array.data)
+    file.flush()
+    file.seek(0)
+
+
 class Saved:
-    """What `begin_again` passed on, in the new image of the process."""
+    """What `begin_again` or `put_aside` passed on, in the new image of the process or the new process.
+
+    Attributes:
+        is_smaller: it goes on as a smaller plan than before.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._file = os.fdopen(descriptor, "rb")
         header = json.loads(self._file.readline())
         self.job: dict[str, Any] = header["job"]
         self._progress = Progress(**header["progress"])
+        self._left_at = header.get("left_at")
+        self.is_smaller = self._left_at is None
 
     def restore(self, backend: Backend) -> Progress:
         """Set everything that steps change as it was; -> how far they came."""
         with self._file:
             for array in backend.arrays():
                 if self._file.readinto(array.reshape(-1).view("uint8").data) != array.nbytes:
-                    raise TrainingFailed("the state of a training that went on in smaller pieces is not whole")
+                    raise TrainingFailed("the state of a training that was to go on is not whole")
         backend.optimizer.steps = len(self._progress.losses)
-        self._progress.backed_off += 1
+        if self._left_at is None:
+            self._progress.backed_off += 1
+        else:
+            self._progress.paused_s += time.monotonic() - self._left_at
         return self._progress

@@ -68,6 +68,7 @@ class Progress:
     start_s: float = 0.0  # from the start of the process to the end of the first step
     peak_bytes: int = 0  # of earlier images of the process (`backoff.py`)
     backed_off: int = 0
+    paused_s: float = 0.0  # for its conditions, which no other number counts
 
     @property
     def last_loss(self) -> float:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from edge_runtime import errors
 from edge_runtime.errors import EdgeError, TrainingFailed
@@ -33,6 +33,7 @@ from edge_runtime.wire import pack, to_plain
 
 POLL_S = 0.05
 CGROUP = "edge-train"
+LAST_IN_CLASS = 7  # of eight priorities at the disk
 # RLIMIT_DATA counts reserved address space: thread stacks and allocator arenas that are never touched come on top.
 RLIMIT_RESERVE_BYTES = 512 << 20
 
@@ -80,7 +81,10 @@ def plan_job(plan: Plan) -> dict[str, Any]:
 class Worker:
     """One worker process. Use `poll` in a loop, or `run_worker` to wait for it."""
 
-    def __init__(self, job: Mapping[str, Any], *, limit_bytes: int | None, threads: int, nice: int = 0) -> None:
+    def __init__(
+        self, job: Mapping[str, Any], *, limit_bytes: int | None, threads: int, nice: int = 0, pause_file: IO[bytes] | None = None,
+    ) -> None:  # fmt: skip
+        """Args: pause_file: where a training that is told to leave is put aside, and goes on from with {"resume": true}."""
         self.limit_bytes = limit_bytes
         self._cgroup = _make_cgroup(limit_bytes) if limit_bytes else None
         self.enforced_by = "cgroup" if self._cgroup else "rlimit and watchdog" if limit_bytes else "nothing"
@@ -106,6 +110,7 @@ class Worker:
             stderr=self._stderr,
             env=environment,
             start_new_session=True,  # Ctrl-C is for us to handle
+            pass_fds=[pause_file.fileno()] if pause_file else [],
         )
         self.pid = self._process.pid
         if limit_bytes and self._cgroup is None:
@@ -116,10 +121,19 @@ class Worker:
         threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
         if limit_bytes and self._cgroup is None:
             threading.Thread(target=self._watch, daemon=True).start()
-        with contextlib.suppress(BrokenPipeError):  # it died at once: poll() says why
+        kept = {"pause_file": pause_file.fileno()} if pause_file else {}
+        self.tell(json.dumps({**job, **kept, "cgroup": procs}))
+
+    def tell(self, line: str) -> None:
+        """Send it a line: its job, then the words of `orders.py`. One that has died has nothing told: `poll` says why."""
+        with contextlib.suppress(BrokenPipeError):
             assert self._process.stdin
-            self._process.stdin.write(json.dumps({**job, "cgroup": procs}).encode() + b"\n")
+            self._process.stdin.write(line.encode() + b"\n")
             self._process.stdin.flush()
+
+    def lower(self, nice: int) -> None:
+        """Give it, as it runs, at least this niceness."""
+        _lower_priority(self.pid, nice)
 
     def poll(self, timeout_s: float) -> dict[str, Any] | None:
         """The next line of progress ({"step", "steps", "loss"}) or the end ({"result"}), or None.
@@ -213,10 +227,23 @@ def run_worker(
     return wait_for(Worker(job, limit_bytes=limit_bytes, threads=threads), lambda step, steps, loss: None, timeout_s)
 
 
+class Polled(Protocol):
+    """A `Worker`, or what stands before one."""
+
+    def poll(self, timeout_s: float) -> dict[str, Any] | None:
+        """As `Worker.poll`."""
+
+    def close(self) -> None:
+        """As `Worker.close`."""
+
+
 def wait_for(
-    worker: Worker, progress: Callable[[int, int, float], None], timeout_s: float = math.inf
+    worker: Polled,
+    progress: Callable[[int, int, float], None],
+    timeout_s: float = math.inf,
+    other: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Wait for a worker's result; whatever happens, Ctrl-C too, the worker is gone afterwards.
+    """Wait for a worker's result; whatever happens, Ctrl-C too, the worker is gone afterwards. `other` has lines that are no step.
 
     Raises:
         EdgeError: as `Worker.poll`, or TrainingFailed after `timeout_s`.
@@ -231,8 +258,10 @@ def wait_for(
             if line and "result" in line:
                 result: dict[str, Any] = line["result"]
                 return result
-            if line:
+            if line and "step" in line:
                 progress(line["step"], line["steps"], line["loss"])
+            elif line:
+                other(line)
     finally:
         worker.close()
 
@@ -290,10 +319,21 @@ def _remove_cgroup(folder: Path) -> None:
 
 
 def _lower_priority(pid: int, nice: int) -> None:
-    """Niceness of a process, and of its session: where the kernel weighs sessions as groups, its own ranks it in there alone."""
+    """Niceness of a process, and of its session: where the kernel weighs sessions as groups, its own ranks it in there alone.
+
+    And the last place among those that wait for the disk, not the idle class: a training that holds files goes on.
+    """
+    import psutil
+
+    if hasattr(psutil.Process, "ionice") and hasattr(psutil, "IOPRIO_CLASS_BE"):  # Linux
+        with contextlib.suppress(psutil.Error, OSError):
+            psutil.Process(pid).ionice(psutil.IOPRIO_CLASS_BE, LAST_IN_CLASS)
     with contextlib.suppress(OSError):
         nice = max(nice, os.getpriority(os.PRIO_PROCESS, pid))
         os.setpriority(os.PRIO_PROCESS, pid, nice)
+    for thread in Path(f"/proc/{pid}/task").glob("*"):  # Linux: each has its own
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, int(thread.name), nice)
     with contextlib.suppress(OSError):
         Path(f"/proc/{pid}/autogroup").write_text(str(nice))
 

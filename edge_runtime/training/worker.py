@@ -1,7 +1,7 @@
 """The training process: one job in as JSON on standard input, JSON lines out. Its exit returns all its memory.
 
 Started by `process.py` as `python -m edge_runtime.training.worker`; ends when its standard input closes, so that it never
-outlives an agent that was killed. Jobs: `corpus` (tokenise), `probe` (calibrate), `train`, `evaluate`, `derive` (training graphs).
+outlives an agent that was killed. What else comes there: `orders.py`. Jobs: `corpus` (tokenise), `probe` (calibrate), `train`, `evaluate`, `derive` (training graphs).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from edge_runtime.records import CostRow, Plan, Pruning, TrainReport
 from edge_runtime.split import train_test
 from edge_runtime.store import atomic_writer
 from edge_runtime.training.corpus import Corpus, build_corpus
+from edge_runtime.training.orders import Left, Orders
 from edge_runtime.weights import MappedTensor
 from edge_runtime.wire import from_plain, to_plain, unpack_as
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 STARTED = time.monotonic()
+ORDERS = Orders()
 PACKED_PAYS = 0.97  # of an update's bytes: zlib must save more to be worth its time on both sides
 Job = Mapping[str, Any]
 
@@ -190,7 +192,7 @@ def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
 
     Where the job names smaller candidates, memory is watched, and training goes on as one of them when it gets short.
     """
-    from edge_runtime.training.backoff import Pressure, begin_again, on_disk
+    from edge_runtime.training.backoff import Pressure, begin_again, on_disk, put_aside
     from edge_runtime.training.loop import Progress, accuracy, run
 
     spec, plan = spec_of(job), plan_of(job)
@@ -206,7 +208,22 @@ def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
     last = 0.0
 
     def stop() -> bool:
-        return pruned.is_due(len(done.losses)) if pruned else pressure.is_short()
+        return ORDERS.paused or (pruned.is_due(len(done.losses)) if pruned else pressure.is_short())
+
+    def kept() -> dict[str, Any]:
+        done.peak_bytes = max(done.peak_bytes, process_memory().get("VmHWM", 0))
+        first = {"started": job.get("started", STARTED), "first": job.get("first", job["plan"]["chosen"])}
+        return {**job, **first}
+
+    def save() -> None:
+        put_aside(kept(), done, trained.backend.arrays(), job["pause_file"])
+
+    def hold() -> None:
+        can_leave = not pruned and "pause_file" in job  # of a training that prunes the stages would have to be kept too
+        seconds = ORDERS.hold(lambda: emit(paused=len(done.losses)), save if can_leave else None)
+        if seconds:
+            done.paused_s += seconds
+            emit(resumed=len(done.losses))
 
     def progress(step: int, loss: float) -> None:
         nonlocal last
@@ -216,20 +233,23 @@ def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
             last = now
             emit(step=step, steps=plan.steps, loss=round(loss, 5))
 
-    if saved:
+    if saved and saved.is_smaller:
         emit(step=len(done.losses), steps=plan.steps, loss=done.losses[-1], smaller=to_plain(plan.chosen))
+    elif saved:
+        emit(resumed=len(done.losses))
     try:
+        hold()
         while not run(trained.backend, data, plan, done, progress, cache, pays, stop):
             if pruned:
                 pruned.prune(len(done.losses))
-                continue
-            done.peak_bytes = max(done.peak_bytes, process_memory().get("VmHWM", 0))
-            kept = {"started": job.get("started", STARTED), "first": job.get("first", job["plan"]["chosen"])}
-            chosen = {"plan": {**job["plan"], "chosen": to_plain(pressure.smaller)}}
-            with contextlib.suppress(OSError):  # no disk, or no room on it: go on as it is
-                folder = on_disk(Path(job["update"]).parent, Path(job["cache"]))
-                begin_again({**job, **kept, **chosen}, done, trained.backend.arrays(), folder)
-            pressure.give_up()
+            if ORDERS.paused:
+                hold()
+            elif pressure.is_short():
+                chosen = {"plan": {**job["plan"], "chosen": to_plain(pressure.smaller)}}
+                with contextlib.suppress(OSError):  # no disk, or no room on it: go on as it is
+                    folder = on_disk(Path(job["update"]).parent, Path(job["cache"]))
+                    begin_again({**kept(), **chosen}, done, trained.backend.arrays(), folder)
+                pressure.give_up()
         if pruned and plan.steps == 1:  # nobody is asked to stop after the last step
             pruned.prune(1)
     finally:
@@ -255,7 +275,7 @@ def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
         first_loss=done.losses[0],
         last_loss=done.last_loss,
         train_s=done.seconds,
-        total_s=time.monotonic() - job.get("started", STARTED),
+        total_s=time.monotonic() - job.get("started", STARTED) - done.paused_s,
         peak_bytes=max(peak, process_memory().get("VmHWM", 0)),
         promised_peak_bytes=first.peak_bytes,
         promised_s=first.total_s(plan.settings.epochs),
@@ -269,6 +289,7 @@ def train(job: Job, saved: Saved | None = None) -> dict[str, Any]:
         codec=codec,
         sparsity=pruned.kept.sparsity(spec) if pruned else 0.0,
         kept=pruned.kept.encode().hex() if pruned else "",
+        paused_s=done.paused_s,
     )
     return {"report": to_plain(report)}
 
@@ -371,23 +392,34 @@ JOBS: dict[str, Callable[[Job], dict[str, Any]]] = {
 }
 
 
+def read_job() -> tuple[Job, Saved | None]:
+    """-> (the job that standard input names, or that a training was saved with; that training)."""
+    from edge_runtime.training.backoff import Saved
+
+    if len(sys.argv) > 1:  # it goes on in smaller pieces
+        saved = Saved(int(sys.argv[1]))
+        return saved.job, saved
+    job = json.loads(sys.stdin.readline())
+    if not job.get("resume"):
+        return job, None
+    saved = Saved(os.dup(job["pause_file"]))  # it was paused, and its process gone meanwhile
+    return {**saved.job, "cgroup": job["cgroup"], "pause_file": job["pause_file"]}, saved
+
+
 def main() -> int:
     """Run the one job that standard input names."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("800")  # if memory runs out, this process goes and not the device
-    saved = None
-    if len(sys.argv) > 1:  # a training that goes on in smaller pieces
-        from edge_runtime.training.backoff import Saved
-
-        saved = Saved(int(sys.argv[1]))
-    job = saved.job if saved else json.loads(sys.stdin.readline())
+    job, saved = read_job()
     if job.get("cgroup"):
         Path(job["cgroup"]).write_text(str(os.getpid()))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=ORDERS.listen, args=(sys.stdin,), daemon=True).start()
     try:
         if job["job"] not in JOBS:
             raise UsageError(f"no such job: {job['job']!r}")
         emit(result=train(job, saved) if saved else JOBS[job["job"]](job))
+    except Left:
+        emit(left=True)
     except EdgeError as error:
         emit(error=str(error), kind=type(error).__name__)
         return error.exit_code
@@ -400,11 +432,6 @@ def main() -> int:
         emit(error=str(error).splitlines()[0][:200], kind="MemoryError")
         return 1
     return 0
-
-
-def _end_with_parent() -> None:
-    sys.stdin.read()
-    os._exit(0)
 
 
 if __name__ == "__main__":

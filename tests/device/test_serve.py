@@ -32,7 +32,7 @@ from edge_runtime.http_server import HttpError, HttpServer, Limits, Observe, Req
 from edge_runtime.live_model import MAX_TRIES, LiveModel
 from edge_runtime.manifest import encode_manifest, make_manifest
 from edge_runtime.source import STORE_FOLDER
-from edge_runtime.store import BlobStore
+from edge_runtime.store import BlobStore, is_answered_from
 from edge_runtime.versions import VERSIONS_FILE, answering, mark_bad, note_try, read_versions, rollback, take_over, use
 from tests.device.test_mapped_network import with_head
 from tests.device.test_predict import small_file
@@ -645,6 +645,7 @@ def test_clients_meet_no_error_while_versions_come_fail_and_are_rolled_back(devi
         for version in range(2, SWAPS + 1):
             device.hold(version)
             server.wait_for(version)
+        assert is_answered_from(device.folder), "the agent knows of it"
         device.hold(SWAPS + 1, broken=True)
         refused = server.event("refused")
         assert (refused["model_version"], refused["answers"]) == (SWAPS + 1, SWAPS)
@@ -664,6 +665,7 @@ def test_clients_meet_no_error_while_versions_come_fail_and_are_rolled_back(devi
         server.process.send_signal(signal.SIGTERM)
         assert server.event("stopped")["requests"] > sum(map(len, seen))
         assert server.process.wait(30) == 0
+    assert not is_answered_from(device.folder)
 
 
 def test_a_server_that_is_killed_in_the_middle_of_a_swap_comes_back_with_a_version_that_answers(

@@ -19,17 +19,20 @@ import pytest
 
 from edge_coordinator.fleet import Fleet as FleetFolder
 from edge_coordinator.ledger import read_join
-from edge_runtime.agent import MAX_ATTEMPTS, SHRINK, Agent
+from edge_runtime.agent import MAX_ATTEMPTS, NICENESS, SHRINK, Agent
+from edge_runtime.gate import Gate
 from edge_runtime.local import DataOptions
 from edge_runtime.records import CostRow, Plan
 from edge_runtime.session import Session
-from edge_runtime.store import BlobStore
+from edge_runtime.store import BlobStore, answering_from, is_answered_from
 from edge_runtime.topics import Topics
+from edge_runtime.training import patient
+from edge_runtime.training.patient import LAST
 from edge_runtime.transport import LocalBroker, LocalTransport, Message
 from edge_runtime.wire import MAX_MANIFEST_BYTES, Grant, Model, encode
 from tests.e2e.fleets import write_data
 from tests.e2e.local import World, random_hash
-from tests.worlds import fill, small_disk
+from tests.worlds import Plug, fill, small_disk
 
 NAME = "device-0"
 
@@ -61,11 +64,18 @@ def session(home: Path, upload_bytes: int | None = None) -> Session:
 class Device:
     """An agent that takes a turn when the test says so."""
 
-    def __init__(self, broker: LocalBroker, folder: Path, home: Path) -> None:
+    def __init__(self, broker: LocalBroker, folder: Path, home: Path, gate: Gate | None = None) -> None:
         self.events: list[dict[str, Any]] = []
         self.transport = LocalTransport(broker, NAME, Topics("test").device_filters(NAME))
         self.agent = Agent(
-            NAME, "test", folder, session(home), self.transport, self.events.append, families=("edge_models.bert",)
+            NAME,
+            "test",
+            folder,
+            session(home),
+            self.transport,
+            self.events.append,
+            families=("edge_models.bert",),
+            gate=gate,
         )
 
     def step(self) -> None:
@@ -237,6 +247,63 @@ def test_a_training_whose_round_has_failed_is_stopped(tmp_path: Path, model: Pat
             until(lambda: device.kinds("trained"), world, device)
             assert [e["round"] for e in device.kinds("trained")] == [2]
         assert is_there(world)
+    assert training_processes() == []
+
+
+# the conditions
+
+
+def test_a_training_comes_last_as_soon_as_somebody_answers_from_the_folder(
+    tmp_path: Path, model: Path, home: Path
+) -> None:
+    world, folder = World(tmp_path / "f", model, devices=1), tmp_path / "d"
+    with running(Device(world.broker, folder, home)) as device:
+        until(lambda: device.kinds("training"), world, device)
+        (process,) = training_processes()
+        process.suspend()
+        assert process.nice() == max(NICENESS, psutil.Process().nice()) and not is_answered_from(folder)
+        with answering_from(folder):
+            device.step()
+            assert process.nice() == LAST and is_answered_from(folder)
+    assert not is_answered_from(folder)
+
+
+def test_a_device_joins_when_its_conditions_hold_pauses_when_they_end_and_drops_a_round_that_ends_meanwhile(
+    tmp_path: Path, model: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patient, "LAST", 0)  # on a machine that is busy with other tests it would take minutes
+    world, plug = World(tmp_path / "f", model, devices=1, rounds=2), Plug(tmp_path / "root", plugged=False, look_s=1.0)
+
+    def waits() -> bool:
+        status = world.server.peers.get(NAME).status
+        return bool(status and status.waiting and status.activity == "waiting: on battery, wanted charging")
+
+    with running(Device(world.broker, tmp_path / "d", home, plug.gate)) as device:
+        until(lambda: device.kinds("model") and waits(), world, device)
+        assert is_there(world) and not world.server.peers.ready(), "no round waits for it"
+        assert not world.kinds("joined") and not world.kinds("unable")
+        plug.is_plugged(True)
+        plug.jump(20)
+        until(lambda: device.kinds("training"), world, device)
+        plug.is_plugged(False)
+        until(lambda: device.kinds("paused"), world, device)
+        until(waits, world, device)
+        (process,) = training_processes()
+        world.now += world.fleet.config.run.report_timeout_s + 1
+        until(lambda: device.kinds("abandoned"), world, device)
+        assert not process.is_running() and world.kinds("round-failed")
+        assert not device.kinds("trained")
+        plug.is_plugged(True)
+        plug.jump(20)
+        until(lambda: len(device.kinds("training")) == 2, world, device)
+        plug.is_plugged(False)
+        until(lambda: len(device.kinds("paused")) == 2, world, device)
+        training_processes()[0].kill()  # as it ends with an agent that is killed; and this one never speaks again
+    world.step()
+    plug.is_plugged(True)
+    with running(Device(world.broker, tmp_path / "d", home, plug.gate)) as device:
+        until(lambda: world.kinds("committed"), world, device)
+    assert [e["round"] for e in world.kinds("committed")] == [2]
     assert training_processes() == []
 
 
