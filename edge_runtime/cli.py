@@ -185,14 +185,21 @@ def _add_export(commands: Commands) -> None:
     export = _parser(
         commands,
         "export",
-        "Write a model as one ONNX file, checked against torch.",
+        "Write a model as one ONNX file that plain onnxruntime runs, checked before it appears.",
         "edge-runtime export my-model --out my-model.onnx",
+        "edge-runtime export my-model --out small.onnx --precision int8 --data test.csv",
         "edge-runtime export /var/lib/edge --out fleet.onnx --data texts.csv",
     )
     export.add_argument("model", help="a folder from `train`, or the --state folder of `join`")
     export.add_argument("--out", required=True, type=Path, help="the ONNX file to write")
     export.add_argument("--adapter", type=Path, metavar="FOLDER", help=MERGED)
-    export.add_argument("--data", type=Path, help="texts to compare on (default: a few built-in sentences)")
+    export.add_argument("--data", type=Path, help="held-out examples to compare on (default: a few built-in sentences)")
+    export.add_argument(
+        "--precision",
+        choices=("float32", "int8"),
+        default="float32",
+        help="int8 is written if it loses at most half a point of accuracy on --data, else float32 (%(default)s)",
+    )
     export.add_argument("--family", default=DEFAULT_FAMILY, help="module that knows the architecture (%(default)s)")
     _data_flags(export)
     export.set_defaults(run=do.run_export)

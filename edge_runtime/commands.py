@@ -26,6 +26,7 @@ from edge_runtime.sensors import Sensors
 
 if TYPE_CHECKING:
     from edge_runtime.data import Example
+    from edge_runtime.export import Int8Check
     from edge_runtime.predict import Predictor
 
 SAMPLES = (
@@ -34,7 +35,6 @@ SAMPLES = (
     "Hello.",
     "The library parses configuration files and reports errors with line and column numbers.",
 )
-MAX_SAMPLES = 64  # texts that an export is compared on
 PREDICT_TEXTS = 256  # read before they are classified together
 
 
@@ -303,27 +303,46 @@ def run_prune(args: Namespace) -> int:
 
 
 def run_export(args: Namespace) -> int:
-    """Write a model as one ONNX file and print how far its logits are from torch's."""
-    from edge_runtime.export import check_file, export_onnx
+    """Write a model as one ONNX file; print how far it is from the model and, for int8, what that costs."""
+    from edge_runtime.export import INT8, check_file, export_onnx
     from edge_runtime.merging import open_with_adapter
 
     check_file(args.out)
-    samples: Sequence[str] = SAMPLES
-    if args.data:
-        samples = [row.text for row in _read_rows(args.data, args, bad_rows="skip")[:MAX_SAMPLES]]
+    rows = _read_rows(args.data, args, bad_rows="skip") if args.data else ()
+    samples: Sequence[str] = [row.text for row in rows] or SAMPLES
+    examples = [(row.text, row.label) for row in rows]
     with open_with_adapter(args.model, args.adapter, args.family, note) as source:
         tokenizer = source.tokenizer.read_bytes()
         report = export_onnx(
-            source.spec, source.weights, tokenizer, args.out, samples=samples, metadata=source.metadata
+            source.spec,
+            source.weights,
+            tokenizer,
+            args.out,
+            samples=samples,
+            metadata=source.metadata,
+            graphs=source.graphs,
+            precision=args.precision,
+            examples=examples,
+            progress=note,
         )
     if args.json:
         print_json(dataclasses.asdict(report) | {"path": str(report.path)})
-    else:
-        print(
-            f"{report.path}: {mib(report.num_bytes)}, logits within {report.max_abs_diff:.1e} of torch "
-            f"on {report.num_samples} texts, {report.seconds:.1f} s"
-        )
+        return 0
+    print(
+        f"{report.path}: {report.precision}, {mib(report.num_bytes)}, float32 logits within {report.max_abs_diff:.1e} of "
+        f"{report.compared_with} on {report.num_samples} texts, {report.seconds:.1f} s"
+    )
+    if report.int8:
+        refused = "" if report.precision == INT8 else ": int8 loses too much, the file is float32"
+        print(f"int8 beside float32: {_int8_cost(report.int8)}{refused}")
     return 0
+
+
+def _int8_cost(found: Int8Check) -> str:
+    same = f"{100 * found.agreement:.1f} % of {found.num_examples} texts get the same label"
+    if found.accuracy_int8 is None or found.accuracy_float32 is None:
+        return f"{same} (no labelled examples: name some with --data)"
+    return f"accuracy {100 * found.accuracy_int8:.2f} % instead of {100 * found.accuracy_float32:.2f} %, {same}"
 
 
 def run_predict(args: Namespace) -> int:

@@ -36,7 +36,7 @@ from edge_runtime.store import cache_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = ("name", "peak_rss_bytes", "cpu_s_per_step", "wall_s", "bytes_up", "accuracy")
-PEERS = ("transformers==5.23.0", "peft==0.21.2", "flwr==1.41.0", "matplotlib==3.11.2")  # torch: as in our environment
+PEERS = ("transformers==5.23.0", "peft==0.21.2", "flwr==1.41.0", "matplotlib==3.11.2")
 RUN_TAG = f"EDGE_BENCH_RUN={os.getpid()}-{time.time_ns()}"  # in the environment of every process that we start
 QUIET_LOAD = 0.5  # processes wanting to run, on average, above which a measurement is told to be disturbed
 MIB = 1 << 20
@@ -269,7 +269,7 @@ def versions(python: Path | None) -> dict[str, str]:
     if commit.returncode == 0:
         found["edge-runtime"] = f"{found.get('edge-runtime', '')} ({commit.stdout.strip()})".strip()
     if python is not None:
-        names = [requirement.partition("==")[0] for requirement in PEERS] + ["torch"]
+        names = [requirement.partition("==")[0] for requirement in PEERS] + ["torch", "onnxruntime"]
         code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {names!r}}}))"
         out = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout
         found |= {(f"peers' {n}" if n in found else n): v for n, v in json.loads(out).items() if n != "matplotlib"}
@@ -289,7 +289,8 @@ def peers_environment() -> Path:
     """
     if own := os.environ.get("EDGE_PEERS_VENV"):
         return Path(own) / "bin" / "python"
-    wanted = [f"torch=={importlib.metadata.version('torch').partition('+')[0]}", *PEERS]
+    same = ("torch", "onnxruntime")  # as in our environment
+    wanted = [*(f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in same), *PEERS]
     key = hashlib.sha256(json.dumps([wanted, platform.python_version()]).encode()).hexdigest()[:12]
     folder = cache_folder() / "bench" / f"peers-{key}"
     python = folder / "bin" / "python"
@@ -305,7 +306,7 @@ def peers_environment() -> Path:
             _run([*install, *wanted])
         except PeersMissing as error:  # the index may no longer serve one of them: the newest, and the table says which
             note(f"{error}: taking the newest of each instead; the table says which they are")
-            _run([*install, wanted[0], *(requirement.partition("==")[0] for requirement in PEERS)])
+            _run([*install, *wanted[: len(same)], *(requirement.partition("==")[0] for requirement in PEERS)])
         (folder / "complete").touch()
     return python
 

@@ -185,7 +185,7 @@ def _fields(data: bytes, allowed: dict[int, bool], where: str) -> Iterator[tuple
     """The fields of a message: numbers as int, texts, bytes and messages as bytes."""
     position, seen, texts = 0, set(), _TEXTS.get(where, ())
     while position < len(data):
-        tag, position = _varint(data, position)
+        tag, position = varint(data, position)
         number, kind = tag >> 3, tag & 7
         if number not in allowed:
             raise WireError(f"an ONNX graph with field {number} in {where}, which no graph of ours has")
@@ -193,11 +193,11 @@ def _fields(data: bytes, allowed: dict[int, bool], where: str) -> Iterator[tuple
             raise WireError(f"an ONNX graph with field {number} of {where} twice")
         seen.add(number)
         if kind == _VARINT:
-            value, position = _varint(data, position)
+            value, position = varint(data, position)
             yield number, value
             continue
         if kind == _BYTES:
-            length, position = _varint(data, position)
+            length, position = varint(data, position)
         elif kind in (_FIXED32, _FIXED64):
             length = 4 if kind == _FIXED32 else 8
         else:
@@ -211,8 +211,8 @@ def _fields(data: bytes, allowed: dict[int, bool], where: str) -> Iterator[tuple
         position += length
 
 
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """-> (number, where the next byte lies)."""
+def varint(data: bytes, position: int) -> tuple[int, int]:
+    """A number of a protobuf message; -> (number, where the next byte lies)."""
     number = shift = 0
     while True:
         if position >= len(data) or shift > 63:
@@ -228,7 +228,7 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
 def _varints(data: bytes) -> list[int]:
     numbers, position = [], 0
     while position < len(data):
-        number, position = _varint(data, position)
+        number, position = varint(data, position)
         numbers.append(number)
         if len(numbers) > MAX_DIMENSIONS:
             raise WireError("an ONNX graph with a constant of too many dimensions")

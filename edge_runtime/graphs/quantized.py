@@ -96,12 +96,30 @@ def quantize(tensor: MappedTensor) -> tuple[Array, Array]:
     for start in range(0, width, rows):
         part = slice(start, min(width, start + rows))
         chunk = _piece(tensor, start * inputs, (part.stop - start, inputs)).array()
-        largest = np.maximum(chunk.max(axis=1), -chunk.min(axis=1))
-        if not np.isfinite(largest).all():
-            raise ModelError(f"the weights in {tensor.path} are not finite: fetch them again")
-        scales[part] = np.where(largest < LEAST, 1, largest) / LEVELS
-        values[:, part] = np.rint(chunk / scales[part, None]).T
+        scale, integers = _levels(chunk, LEVELS, tensor)
+        scales[part], values[:, part] = scale[:, 0], integers.T
     return values, scales
+
+
+def quantize_rows(tensor: MappedTensor) -> tuple[Array, Array]:
+    """A table (rows, width) -> the same as int8 from -127 to 127, and (rows, 1) float32, so that q * scale is the table, nearly."""
+    count, width = tensor.shape
+    values, scales = np.empty((count, width), np.int8), np.empty((count, 1), np.float32)
+    rows = max(1, CHUNK // width)
+    for start in range(0, count, rows):
+        part = slice(start, min(count, start + rows))
+        chunk = _piece(tensor, start * width, (part.stop - start, width)).array()
+        scales[part], values[part] = _levels(chunk, 127, tensor)
+    return values, scales
+
+
+def _levels(chunk: Array, levels: int, tensor: MappedTensor) -> tuple[Array, Array]:
+    """-> each row's scale (rows, 1) and its values as integers up to `levels`, still float32."""
+    largest = np.maximum(chunk.max(axis=1), -chunk.min(axis=1))[:, None]
+    if not np.isfinite(largest).all():
+        raise ModelError(f"the weights in {tensor.path} are not finite: fetch them again")
+    scales = np.where(largest < LEAST, 1, largest) / levels
+    return scales, np.rint(chunk / scales)
 
 
 def _matrices(spec: ModelSpec, part: int) -> dict[str, TensorSpec]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
@@ -77,6 +78,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     return spec, place(tmp_path_factory.mktemp("tiny") / "weights.raw", arrays), raw
 
 
+def values(parts: Parts) -> list[bytes]:
+    """What the weights' hash is of."""
+    spec, tensors, _ = parts
+    return [
+        json.dumps([t.name, list(t.shape)]).encode() + tensors[t.name].array().astype("<f4").tobytes()
+        for t in spec.tensors
+    ]
+
+
 def torch_logits(parts: Parts, ids: Array, mask: Array) -> Array:
     spec, tensors, _ = parts
     model = bert.build(spec, {name: torch.from_numpy(tensor.array()) for name, tensor in tensors.items()})
@@ -122,6 +132,11 @@ def test_the_file_is_a_valid_onnx_model_that_carries_everything(real: Parts, exp
         "tokenizer": tokenizer.decode(),
         "model": "ab" * 32,
         "method": "legend",
+        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
+        "weights_sha256": hashlib.sha256(b"".join(values(real))).hexdigest(),
+        "precision": "float32",
+        "opset": "20",
+        "onnxruntime": ">=1.17",
     }
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from edge_runtime.errors import UsageError
 from edge_runtime.records import CostRow
-from tools import bench_codecs, bench_federated, bench_methods, bench_ours, bench_training
+from tools import bench_codecs, bench_federated, bench_methods, bench_ours, bench_predict, bench_training
 from tools import bench_common as bench
 
 MACHINE = {"cpu": "a chip", "cores": 2, "ram_gib": 1.0, "system": "Linux", "load": "0.00"}
@@ -102,7 +102,7 @@ def test_rows_are_chosen_by_a_part_of_their_name() -> None:
         bench.chosen_names(names, "PEFT,jax")
 
 
-@pytest.mark.parametrize("module", [bench_training, bench_federated])
+@pytest.mark.parametrize("module", [bench_training, bench_federated, bench_predict])
 def test_every_row_has_a_name_of_its_own_and_ours_come_first(module: object) -> None:
     names = [entry.name for entry in module.ENTRIES]  # type: ignore[attr-defined]
     assert len(set(names)) == len(names)
@@ -110,7 +110,7 @@ def test_every_row_has_a_name_of_its_own_and_ours_come_first(module: object) -> 
     assert ours == sorted(ours, reverse=True)
 
 
-@pytest.mark.parametrize("name", ["training", "federated", "codecs", "methods"])
+@pytest.mark.parametrize("name", ["training", "federated", "codecs", "methods", "predict"])
 @pytest.mark.parametrize("wrong", [["--threads", "0"], ["--seed", "x"], ["--jsn"], ["--json"]])
 def test_a_wrong_call_ends_with_two(name: str, wrong: list[str]) -> None:
     parsers = {
@@ -118,6 +118,7 @@ def test_a_wrong_call_ends_with_two(name: str, wrong: list[str]) -> None:
         "federated": bench_federated.parser,
         "codecs": bench_codecs.parser,
         "methods": bench_methods.parser,
+        "predict": bench_predict.parser,
     }
     parser = parsers[name]()
     with pytest.raises(SystemExit) as ended:
@@ -214,3 +215,9 @@ def test_negative_epochs_are_refused_before_anything_is_installed() -> None:
     args = argparse.Namespace(**vars(bench_training.parser().parse_args(["--epochs", "-1"])))
     with pytest.raises(UsageError, match="--epochs is 0 or more"):
         bench_training.run(args)
+
+
+def test_of_several_processes_the_lowest_times_and_the_middle_memory_count() -> None:
+    runs = [{"one_ms": ms, "rss_bytes": ms, "accuracy": 0.5} for ms in (9.0, 3.0, 4.0)]
+    row = bench_predict.row_of("ours", runs, "")
+    assert (row["one_ms"], row["rss_bytes"], row["accuracy"], "cold_s" in row) == (3.0, 4, 0.5, False)
