@@ -53,13 +53,10 @@ THROTTLED = {  # bits of `vcgencmd get_throttled`; each 16 higher: so it was sin
 }
 
 
-def interpreter(version: tuple[int, int], bits: int, machine: str, libc: str) -> Finding:
-    """Python's version and build. Args: libc: as platform.libc_ver names it."""
-    found = f"{version[0]}.{version[1]}, {bits}-bit, {machine}, {libc or 'no glibc'}"
+def interpreter(version: tuple[int, int], machine: str, libc: str) -> Finding:
+    """Python's version and build; one of 32 bits does not come here (`start.py`). Args: libc: as platform.libc_ver names it."""
+    found = f"{version[0]}.{version[1]}, {machine}, {libc or 'no glibc'}"
     check = "Python"
-    if bits != 64:
-        advice = "install a 64-bit system, on a Raspberry Pi its 64-bit OS: onnxruntime has no wheels for 32 bits"
-        return Finding(check, WRONG, found, advice)
     if libc != "glibc":
         return Finding(check, WARNING, found, "onnxruntime's wheels need glibc: use Debian, Ubuntu or Raspberry Pi OS")
     if not (3, 10) <= version <= (3, 13):
