@@ -62,10 +62,9 @@ class Lab:
 
     def here(self, *words: str | Path) -> str:
         """Run this checkout's `edge-runtime` on this machine; -> what it printed."""
-        folders = os.pathsep.join(str(ROOT / name) for name in (".", "models"))
-        variables = {**os.environ, "EDGE_CACHE": str(self.cache("here")), "PYTHONPATH": folders}
+        variables = {**os.environ, "EDGE_CACHE": str(self.cache("here"))}
         command = [sys.executable, "-m", "edge_runtime.cli", *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT, check=False)
         return _sound(done, f"edge-runtime {words[0]} on this machine", (0,))
 
 

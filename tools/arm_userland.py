@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from edge_runtime.errors import UsageError
 from tools.arm_apt import Apt, call, unpack
 
 ROOT = Path(__file__).parents[1]
@@ -132,10 +133,14 @@ def userland(work: Path, machine: Machine, system: str, programs: Path, mirror: 
         apt = Apt(work / f"apt-{release}-{machine.debian}", release, machine.debian, mirror)
         names = (f"python{version}-minimal", f"libpython{version}-stdlib", "libstdc++6")
         apt.fetch("install", "--yes", "--no-install-recommends", "--download-only", *names)
-        part = root.with_suffix(".part")
+        part = work / f"{root.name}.part"
         shutil.rmtree(part, ignore_errors=True)
         for package in sorted((apt.folder / "cache/archives").glob("*.deb")):
             unpack(package, part)
+        if not (
+            part / "lib"
+        ).exists():  # of packages since Debian 13: base-files, which is not among them, has this link
+            (part / "lib").symlink_to("usr/lib")
         part.rename(root)
     made = Userland(machine, root, work / f"venv-{system}-{machine.debian}", version)
     shutil.rmtree(made.environment, ignore_errors=True)
@@ -146,9 +151,10 @@ def userland(work: Path, machine: Machine, system: str, programs: Path, mirror: 
     (made.environment / "pyvenv.cfg").write_text(
         f"home = {root}/usr/bin\ninclude-system-site-packages = false\nversion = {version}\n"
     )
-    say(
-        f"userland: {made.run('-c', 'import platform, sys; print(sys.version.split()[0], platform.machine())').stdout.strip()}"
-    )
+    done = made.run("-c", "import platform, sys; print('Python', sys.version.split()[0], platform.machine())")
+    if done.returncode:
+        raise UsageError(f"{made.python} does not run: {done.stderr.strip()[-200:]}: delete {root} and start again")
+    say(f"userland: {done.stdout.strip()}")
     return made
 
 
@@ -169,31 +175,19 @@ def wheels(work: Path, version: str, say: Say) -> Path:
     """-> the folder with edge-runtime's wheel, made from this checkout, and the base install's for aarch64, fetched once."""
     wanted = "\n".join(requirements((ROOT / "setup.cfg").read_text()))
     folder, source = work / f"wheels-{version}", work / "source"
-    folder.mkdir(parents=True, exist_ok=True)
     listed = folder / "requirements.txt"
     if not listed.exists() or listed.read_text() != wanted:
         say(f"wheels: fetching the base install's for aarch64 and Python {version} (50 MB)")
-        shutil.rmtree(folder)
-        folder.mkdir()
-        part = folder / "requirements.part"
-        part.write_text(wanted)
-        download: list[str | Path] = [
-            *PIP,
-            "download",
-            "-q",
-            "--dest",
-            folder,
-            "--python-version",
-            version,
-            "--only-binary=:all:",
-        ]
+        part = work / f"wheels-{version}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        (part / listed.name).write_text(wanted)
+        download: list[str | Path] = [*PIP, "download", "-q", "--dest", part, "--python-version", version]
         platforms = [word for name in PLATFORMS for word in ("--platform", name)]
-        call(
-            [*download, *platforms, "-r", part],
-            "fetch the wheels",
-            "look at the network and pip's settings (pip config list)",
-        )
-        part.rename(listed)
+        advice = "look at the network and pip's settings (pip config list)"
+        call([*download, "--only-binary=:all:", *platforms, "-r", part / listed.name], "fetch the wheels", advice)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
     shutil.rmtree(source, ignore_errors=True)
     for name in FROM_CHECKOUT:
         if (ROOT / name).is_dir():
@@ -201,6 +195,8 @@ def wheels(work: Path, version: str, say: Say) -> Path:
         else:
             source.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source)
+    for before in folder.glob("edge_runtime-*.whl"):
+        before.unlink()
     build: list[str | Path] = [*PIP, "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source]
     call(build, "make edge-runtime's wheel", "read the message")
     return folder
