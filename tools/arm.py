@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         except (arm_checks.CheckFailed, EdgeError) as error:
             verdict, found = "FAILED", str(error)
             failed += 1
+        say(f"       {verdict}")
         lines.append(f"{name:12} {verdict}  {time.monotonic() - begun:6.1f} s  {found}")
     print("\n" + "\n".join(lines))
     print(f"\n{len(lines) - failed} of {len(lines)} checks passed, {time.monotonic() - started:.0f} s")
