@@ -11,7 +11,7 @@
 
 FROM python:3.11-slim AS build
 WORKDIR /source
-COPY pyproject.toml setup.cfg README.md LICENSE ./
+COPY pyproject.toml setup.cfg setup.py README.md LICENSE ./
 COPY edge_runtime edge_runtime
 COPY coordinator coordinator
 COPY models models

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-import struct
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -116,7 +115,7 @@ def _machine(state: Path, *, tls: bool) -> Iterator[Finding]:
     from edge_runtime import doctor_machine as machine
 
     libc = platform.libc_ver()[0]
-    yield machine.interpreter(sys.version_info[:2], 8 * struct.calcsize("P"), platform.machine(), libc)
+    yield machine.interpreter(sys.version_info[:2], platform.machine(), libc)
     yield from machine.packages(machine.installed(), machine.try_package)
     there = next(folder for folder in (state, *state.parents) if folder.exists())
     ours = there != state or there.stat().st_uid == os.geteuid()

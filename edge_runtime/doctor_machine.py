@@ -45,6 +45,10 @@ PACKAGES = {  # of the base install -> what it must be able to do
     "paho-mqtt": "import paho.mqtt.client",
 }
 OPTIONAL = {"torch": "import torch; x = torch.ones(64, 64); x @ x"}
+RUN_ON_PI4 = {  # tried under QEMU as a Cortex-A72: docs/arm.md
+    "onnxruntime": ": pip install --upgrade onnxruntime",
+    "torch": ", on a Raspberry Pi 4 torch==2.9.1",
+}
 THROTTLED = {  # bits of `vcgencmd get_throttled`; each 16 higher: so it was since the boot
     0: "too low a voltage",
     1: "a capped frequency",
@@ -53,13 +57,10 @@ THROTTLED = {  # bits of `vcgencmd get_throttled`; each 16 higher: so it was sin
 }
 
 
-def interpreter(version: tuple[int, int], bits: int, machine: str, libc: str) -> Finding:
-    """Python's version and build. Args: libc: as platform.libc_ver names it."""
-    found = f"{version[0]}.{version[1]}, {bits}-bit, {machine}, {libc or 'no glibc'}"
+def interpreter(version: tuple[int, int], machine: str, libc: str) -> Finding:
+    """Python's version and build; one of 32 bits does not come here (`start.py`). Args: libc: as platform.libc_ver names it."""
+    found = f"{version[0]}.{version[1]}, {machine}, {libc or 'no glibc'}"
     check = "Python"
-    if bits != 64:
-        advice = "install a 64-bit system, on a Raspberry Pi its 64-bit OS: onnxruntime has no wheels for 32 bits"
-        return Finding(check, WRONG, found, advice)
     if libc != "glibc":
         return Finding(check, WARNING, found, "onnxruntime's wheels need glibc: use Debian, Ubuntu or Raspberry Pi OS")
     if not (3, 10) <= version <= (3, 13):
@@ -87,8 +88,7 @@ def packages(versions: Mapping[str, str], attempt: Callable[[str], tuple[int, st
             sound.append(shown)
         elif status == -signal.SIGILL:
             advice = f"this wheel has instructions that the processor lacks: install another version of {name}"
-            more = ", on a Raspberry Pi 4 torch==2.9.1" if name == "torch" else ""
-            yield Finding(name, WRONG, f"{shown} dies with SIGILL", advice + more)
+            yield Finding(name, WRONG, f"{shown} dies with SIGILL", advice + RUN_ON_PI4.get(name, ""))
         else:
             advice = f"it may be another machine's wheel: pip install --force-reinstall --no-cache-dir {name}"
             yield Finding(name, WRONG, f"{shown} does not work: {words[:200] or f'ended with {status}'}", advice)

@@ -1,4 +1,4 @@
-# Sourced by tools/demo, tools/test and .ci/run: a virtual environment with what they need, made once.
+# Sourced by tools/demo, tools/test, tools/arm and .ci/run: a virtual environment with what they need, made once.
 # Not for direct use. EDGE_VENV names another place than .venv; PYTHON another interpreter than python3.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -26,14 +26,16 @@ torch_requirement() {
     esac
 }
 
-# ensure_env EXTRA: the virtual environment with edge-runtime[EXTRA] from this checkout.
+# ensure_env EXTRA: the virtual environment with edge-runtime[EXTRA] from this checkout; base: without an extra and without torch.
 ensure_env() {
     local extra=$1 stamp
+    local -a wanted=("$(torch_requirement)" -e ".[$extra]")
+    [ "$extra" != base ] || wanted=("setuptools>=77" -e .)
     "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || {
         say "Python 3.10 to 3.13 is needed; $PYTHON is $("$PYTHON" --version 2>&1 || echo missing). Set PYTHON to another one."
         exit 2
     }
-    stamp="$extra $(cat setup.cfg pyproject.toml tools/env.sh | sha256sum | cut -c1-16) $("$PYTHON" --version)"
+    stamp="$extra $(cat setup.cfg setup.py pyproject.toml tools/env.sh | sha256sum | cut -c1-16) $("$PYTHON" --version)"
     if [ ! -x "$VENV/bin/python" ]; then
         say "making a virtual environment in $VENV"
         "$PYTHON" -m venv "$VENV" >/dev/null 2>&1 || {
@@ -42,8 +44,8 @@ ensure_env() {
         } || { say "cannot make a virtual environment: apt-get install python3-venv"; exit 2; }
     fi
     if ! grep -qxF "$stamp" "$VENV/edge-installed" 2>/dev/null; then
-        say "installing edge-runtime[$extra] and $(torch_requirement) (some minutes the first time)"
-        "$VENV/bin/python" -m pip install -q --disable-pip-version-check "$(torch_requirement)" -e ".[$extra]" || exit 2
+        say "installing ${wanted[*]} (some minutes the first time)"
+        "$VENV/bin/python" -m pip install -q --disable-pip-version-check "${wanted[@]}" || exit 2
         printf '%s\n' "$stamp" >>"$VENV/edge-installed"
     fi
     export PATH="$VENV/bin:$PATH"

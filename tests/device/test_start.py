@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime.start import NARROW
+
 ROOT = Path(__file__).parents[2]
 INTERRUPTED_AT = """
 import os, signal, sys
@@ -60,3 +62,15 @@ def test_what_is_installed_starts_there_and_has_loaded_nothing_before() -> None:
             code = f"import sys, {module}; print([m for m in sys.modules if m.startswith('edge_')])"
             shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
             assert not {"edge_runtime.cli", "edge_coordinator.cli", "edge_runtime.console"} & set(eval(shown)), name
+
+
+@pytest.mark.parametrize(
+    "program", ["from edge_runtime.start import main; sys.exit(main())", "import runpy; runpy.run_path('setup.py')"]
+)
+def test_a_python_of_32_bits_is_refused_in_one_line_before_anything_is_loaded_or_built(program: str) -> None:
+    """As 32-bit Raspberry Pi OS has it, also above a 64-bit kernel. `tools/arm` does it with a real one."""
+    code = f"import sys; sys.maxsize = 2**31 - 1; {program}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (1, "")
+    said = done.stderr.removeprefix("error: ").splitlines()
+    assert said == [NARROW]

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+FILES = ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 FOLDERS = ("edge_runtime", "coordinator", "models", "tests", "tools")
 
 

@@ -46,6 +46,7 @@ OTHERS = {  # flags of other programs that the documents speak of
         "--help",
     },
     "tools.datasets": {"--dir"},
+    "tools/arm": {"--system", "--mirror", "--work"},
     "tools/bench": {
         "--steps",
         "--repeats",
