@@ -144,15 +144,17 @@ def all_blocks_of_rank(rows: Rows, asker: Asker) -> list[CostRow]:
 
 
 def by_depth(rows: Rows, asker: Asker) -> list[CostRow]:
-    """One row for each depth from 0 on, as deep as there is one whose rank covers the suffix's largest: the lowest, the fastest."""
+    """One row for each depth from 0 on that has one whose rank covers the suffix's largest: of the lowest rank, the fastest.
+
+    A depth between others may have none: all blocks may fit where fewer do not, for which the prefix is cached.
+    """
     ranks, found = asker.ranks, list[CostRow]()
     for depth in range(len(ranks) + 1):
         needed = max(ranks[len(ranks) - depth :], default=0)
         of_depth = [row for row in rows if row.depth == depth and row.rank >= needed]
-        if not of_depth:
-            break
-        found.append(min(of_depth, key=lambda row: (row.rank, row.epoch_s)))
-    return found
+        if of_depth:
+            found.append(min(of_depth, key=lambda row: (row.rank, row.epoch_s)))
+    return found if found and not found[0].depth else []
 
 
 def distribution(kind: str, num_blocks: int, largest: int, budget: int = 0) -> tuple[int, ...]:

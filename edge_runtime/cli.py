@@ -176,7 +176,9 @@ def _add_prune(commands: Commands) -> None:
     prune.add_argument(
         "--sparsity", required=True, type=float, help="share of the heads and channels that goes, for example 0.5"
     )
-    prune.add_argument("--out", required=True, type=Path, help="folder for the smaller model")
+    prune.add_argument(
+        "--out", required=True, type=Path, help="folder for the smaller model; one that is there already is replaced"
+    )
     prune.add_argument("--family", default=DEFAULT_FAMILY, help="module that knows the architecture (%(default)s)")
     prune.set_defaults(run=do.run_prune)
 
@@ -226,6 +228,9 @@ def _add_predict(commands: Commands) -> None:
     family = "module that knows the architecture of a folder from `train` (%(default)s)"
     predict.add_argument("--family", default=DEFAULT_FAMILY, help=family)
     _data_flags(predict)
+    predict.add_argument(
+        "--skip-bad-rows", action="store_true", help="of --evaluate: leave out rows that cannot be used"
+    )
     predict.set_defaults(run=do.run_predict)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from edge_runtime import local
 from edge_runtime.budget import keeping_free, memory_budget
 from edge_runtime.conditions import kept_free_bytes, parse_conditions, readings_in_words
-from edge_runtime.console import Bar, note, print_json, table
+from edge_runtime.console import Bar, note, print_json, printable, table
 from edge_runtime.engine import EngineOptions
 from edge_runtime.errors import DoesNotFit, EdgeError, UsageError
 from edge_runtime.gate import Gate
@@ -367,7 +367,7 @@ def run_predict(args: Namespace) -> int:
         _warn_of_long(predictor, args.long)
         return 0
     file = None if args.file == Path("-") else args.file
-    texts = iter(args.text) if args.text else iter_texts(file or sys.stdin.buffer)
+    texts = iter(args.text) if args.text else iter_texts(file or sys.stdin.buffer, args.encoding)
     typed = not args.text and not file and sys.stdin.isatty()  # then each line has its answer at once
     batch: list[str] = []
     for text in texts:
@@ -400,7 +400,7 @@ def _refresh(predictor: Predictor) -> None:
 def _print_accuracy(predictor: Predictor, args: Namespace) -> None:
     from edge_runtime.predict import evaluate
 
-    rows = _read_rows(args.evaluate, args)
+    rows = _read_rows(args.evaluate, args, "skip" if args.skip_bad_rows else "error")
     accuracy = evaluate(predictor, ((row.text, row.label) for row in rows))
     if args.json:
         print_json({"accuracy": accuracy, "num_examples": len(rows)})
@@ -417,7 +417,7 @@ def _print_predictions(predictor: Predictor, texts: Sequence[str], args: Namespa
             print_json(record | {"truncated": found.truncated, "windows": found.windows})
         else:
             shown = ", ".join(f"{label} {100 * p:.1f} %" for label, p in best[: args.top])
-            print(f"{shown}\t{text if len(text) <= 100 else text[:97] + '...'}")
+            print(printable(f"{shown}\t{text if len(text) <= 100 else text[:97] + '...'}"))
     sys.stdout.flush()
 
 

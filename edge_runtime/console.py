@@ -107,10 +107,12 @@ def _no_space() -> int:
 
 def note(line: str) -> None:
     """Something a person may want to know, on standard error."""
-    shown = "".join(
-        c if c.isprintable() or c == "\t" else "?" for c in line
-    )  # a device's words must not move the cursor
-    _say(shown, sys.stderr)
+    _say(printable(line), sys.stderr)
+
+
+def printable(text: str) -> str:
+    """A text on one line of its own that cannot move the cursor: a device's words, or somebody's."""
+    return "".join(c if c.isprintable() or c == "\t" else "?" for c in text)
 
 
 def print_json(value: Any) -> None:

@@ -128,15 +128,16 @@ def read_examples(
     return Examples(tuple(rows), tuple(sorted(known)), tuple(bad), num_bad)
 
 
-def iter_texts(source: str | os.PathLike[str] | TextIO | BinaryIO) -> Iterator[str]:
+def iter_texts(source: str | os.PathLike[str] | TextIO | BinaryIO, encoding: str | None = None) -> Iterator[str]:
     """One text per line of a file or an open stream such as `sys.stdin`, without the line's end; blank lines too.
 
-    Bytes that are not UTF-8 (or what the byte order mark says) become U+FFFD. A stream is left open.
+    Bytes that are not of the encoding (default: what the byte order mark says, UTF-8 without one) become U+FFFD. A stream is
+    left open.
 
     Raises:
-        DataError: the file cannot be read, or a line is longer than `MAX_ROW_CHARS` characters.
+        DataError: the file cannot be read, there is no such encoding, or a line is longer than `MAX_ROW_CHARS` characters.
     """
-    with open_lines(source, None, errors="replace") as lines:
+    with open_lines(source, encoding, errors="replace") as lines:
         while True:
             lines.begin()
             try:

@@ -72,7 +72,7 @@ def examine(config: Path | None, state: Path | None) -> list[Finding]:
                 "credentials",
                 WRONG,
                 unreadable,
-                "run this as the file's owner, with sudo; else copy the file from the coordinator anew",
+                "correct the file or copy it from the coordinator anew; where it cannot be read, run this as its owner, with sudo",
             ),
         ]
     return [*findings, fleet.credentials(config), *fleet.examine(who, folder)]

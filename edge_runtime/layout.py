@@ -123,6 +123,21 @@ def targets(spec: ModelSpec, names: Sequence[str]) -> frozenset[str]:
     return frozenset(found)
 
 
+def check_adapters(spec: ModelSpec, settings: TrainSettings, flag: str) -> None:
+    """Whether a model has the layers that adapters or masks are asked for, and room for their rank. Args: flag: what the rank is called.
+
+    Raises:
+        UsageError: it has not.
+    """
+    chosen = targets(spec, settings.lora_targets)
+    smallest = min((min(t.shape) for t in spec.tensors if t.name in chosen), default=0)
+    if settings.lora_rank > smallest:
+        raise UsageError(
+            f"{flag} {settings.lora_rank} is above the smaller side of a matrix that it is for, {smallest}: "
+            "an adapter of that rank can do no more than the matrix itself"
+        )
+
+
 def linear_layers(spec: ModelSpec) -> dict[str, str]:
     """The matrices of the blocks: full name -> the layer's name within its block, without ".weight"."""
     blocks: dict[int, list[TensorSpec]] = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import UsageError
-from edge_runtime.layout import A, layout, linear_layers, masked_name, scale, targets
+from edge_runtime.layout import A, check_adapters, layout, linear_layers, masked_name, scale, targets
 from edge_runtime.merging import as_start, merged
 from edge_runtime.model import ModelSpec, TensorSpec
 from edge_runtime.peft import Adapter, check_adapter
@@ -61,13 +61,7 @@ def check_lora(spec: ModelSpec, settings: TrainSettings, depth: int | None, give
         raise UsageError(
             "--lora-targets chooses layers for adapters or a mask: give their --lora-rank too, or --mask-every"
         )
-    chosen = targets(spec, settings.lora_targets)
-    smallest = min((min(t.shape) for t in spec.tensors if t.name in chosen), default=0)
-    if settings.lora_rank > smallest:
-        raise UsageError(
-            f"--lora-rank {settings.lora_rank} is above the smaller side of a matrix that it is for, {smallest}: "
-            "an adapter of that rank can do no more than the matrix itself"
-        )
+    check_adapters(spec, settings, "--lora-rank")
 
 
 def beginning(source: Source, given: Adapter | None, plan: Plan, scratch: Path) -> tuple[Places, Places]:

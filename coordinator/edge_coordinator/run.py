@@ -26,7 +26,7 @@ from edge_coordinator.tally import Tally
 from edge_runtime.cost import DataShape
 from edge_runtime.errors import StoreError
 from edge_runtime.kinds import of_row
-from edge_runtime.layout import targets
+from edge_runtime.layout import check_adapters
 from edge_runtime.manifest import Manifest
 from edge_runtime.planner import make_plan
 from edge_runtime.prune_plan import check_prunable, kept_of
@@ -64,7 +64,7 @@ class Run:
         self._server = config.run.server_settings
         self._tally: Tally | None = None  # of the newest round
         self.method = METHODS[config.run.method]
-        targets(self.manifest.spec, config.train.lora_targets)  # says if there are no such ones
+        check_adapters(self.manifest.spec, config.train, "[train] lora_rank")
         if self.method.prunes:
             check_prunable(self.manifest.spec)
         self._deadline = now  # of the newest round's phase, by the server's clock

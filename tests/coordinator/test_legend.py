@@ -109,6 +109,14 @@ def test_a_slower_device_trains_fewer_blocks_with_the_same_ranks() -> None:
     assert json.loads(json.dumps(state)) == state
 
 
+@pytest.mark.parametrize("suffixes", ["even", "deepest"])
+def test_all_blocks_are_trained_where_they_fit_and_a_depth_between_does_not(suffixes: str) -> None:
+    rows = tuple(row for row in table(10.0) if row.depth not in (2, 3))
+    found, _ = choose({"a": join(rows), "slow": join(table(30.0))}, options=Options(suffix_depths=suffixes))
+    assert depths(found)["a"] == 4 and found["a"].ranks == (5, 6, 7, 8)
+    assert choose({"a": join(rows[1:])})[0]["a"].row is None, "not even the head fits"
+
+
 def test_depths_of_caff_with_ranks_of_legend() -> None:
     found, _ = choose(
         {"fast": join(table(10.0)), "slow": join(table(20.0, deepest=3))}, options=Options(suffix_depths="deepest")

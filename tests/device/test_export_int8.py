@@ -20,8 +20,8 @@ from edge_runtime.cli import main
 from edge_runtime.errors import StoreError
 from edge_runtime.export import ExportReport, Int8Check, export_onnx
 from edge_runtime.model import ModelSpec
+from edge_runtime.model_folder import save_folder
 from edge_runtime.predict import INPUTS, Predictor
-from edge_runtime.source import save_folder
 from edge_runtime.weights import MappedTensor, read_safetensors
 from tests.e2e.test_full_disk import small_disk
 from tests.networks import bert_spec, write_random

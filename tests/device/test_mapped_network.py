@@ -391,6 +391,31 @@ def test_predict_takes_a_folder_and_says_which_version_answered(
         assert set(records[0]["probabilities"]) == set(LABELS)
 
 
+def test_predict_prints_a_line_for_each_text_and_nothing_that_moves_the_cursor(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", str(folder), "a\nb", "c\rd\x1b]0;x\x07\x1b[2J", "\u202ered"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 3 and all(c.isprintable() or c in "\n\t" for c in out)
+    file = tmp_path / "texts.txt"
+    file.write_bytes("caf\xe9 seven\n".encode("latin-1"))
+    assert main(["predict", str(folder), "--file", str(file), "--encoding", "latin-1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == "caf\xe9 seven"
+    assert main(["predict", str(folder), "--file", str(file), "--encoding", "nosuch"]) != 0
+    assert "nosuch" in capsys.readouterr().err
+
+
+def test_predict_leaves_out_rows_that_cannot_be_used_where_it_is_told_to(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "some.csv"
+    data.write_text(f"text,label\nred,{LABELS[0]}\nseven,\n")
+    assert main(["predict", str(folder), "--evaluate", str(data)]) != 0
+    assert "--skip-bad-rows" in capsys.readouterr().err
+    assert main(["predict", str(folder), "--evaluate", str(data), "--skip-bad-rows", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_examples"] == 1
+
+
 def test_predict_says_where_it_did_not_read_all_of_a_text_and_reads_it_in_windows(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -408,7 +433,7 @@ def test_predict_says_where_it_did_not_read_all_of_a_text_and_reads_it_in_window
 def test_predict_goes_on_with_the_newest_version_between_windows(
     agent: Agent, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def lines(given: Any) -> Iterator[str]:
+    def lines(given: Any, encoding: str | None) -> Iterator[str]:
         assert given is sys.stdin.buffer
         yield "first"
         agent.hold(2)

@@ -193,3 +193,5 @@ def test_targets_that_the_model_does_not_have_end_serve_at_once(tmp_path: Path, 
     world = World(tmp_path / "f", model, method="lora")
     with pytest.raises(UsageError, match="'qkv' is no linear layer of this model's blocks: choose from q, k, v"):
         begin_again(world, lora_targets='["qkv"]')
+    with pytest.raises(UsageError, match=r"\[train\] lora_rank 900 is above the smaller side of a matrix"):
+        begin_again(world, lora_targets="[]", lora_rank="900")

@@ -52,14 +52,15 @@ def configure(state: State, cohort: Cohort) -> tuple[Mapping[str, Choice], State
         known[device] = smoothed(known.get(device), found)
         found = Rates(**known[device])
         times[device] = [
-            found.forward_s + k * found.block_s + found.rank_s * sum(ranks[blocks - k :]) for k in range(len(rows))
+            found.forward_s + row.depth * found.block_s + found.rank_s * sum(ranks[blocks - row.depth :])
+            for row in rows
         ]
     deepest = {device: len(of) - 1 for device, of in times.items()}
-    depths = lcd(times, options.waiting_share) if options.suffix_depths == "even" else deepest
-    choices = {
-        d: Choice(usable[d][depths[d]], ranks=ranks[blocks - depths[d] :]) if d in depths else Choice(None)
-        for d in cohort.tables
-    }
+    chosen = lcd(times, options.waiting_share) if options.suffix_depths == "even" else deepest
+    choices = dict.fromkeys(cohort.tables, Choice(None))
+    for device, place in chosen.items():
+        row = usable[device][place]
+        choices[device] = Choice(row, ranks=ranks[blocks - row.depth :])
     return choices, {**state, "rates": known}
 
 
@@ -84,10 +85,11 @@ def smoothed(before: Mapping[str, float] | None, now: Rates) -> dict[str, float]
 
 
 def lcd(times: Mapping[str, Sequence[float]], waiting_share: float) -> dict[str, int]:
-    """The depth of each device, from its times by depth (0: the head alone), so that the mean wait is small.
+    """What each device trains, so that the mean wait is small: a place in its times, which are those of what fits it, from the
+    head alone (0) to the deepest; as a rule place and depth are one.
 
-    The most capable device (the least time for a block) takes all it can and sets T; every other the largest depth with
-    t <= T (1 + eps), else 1. Then, while the mean wait is above eps of the slowest device's time, the device that waits longest
+    The most capable device (the least time for a block) takes all it can and sets T; every other the deepest with
+    t <= T (1 + eps), else the least above the head. Then, while the mean wait is above eps of the slowest device's time, the device that waits longest
     of those that can go one deeper within it does; if there is none, the slowest trains one block less. Devices that can train no block are not waited for, nor counted.
     """
     depths = {device: len(of) - 1 for device, of in times.items()}

@@ -14,7 +14,7 @@ from typing import Any
 
 from edge_coordinator.config import FleetConfig
 from edge_coordinator.sim.devices import Plans, VirtualDevice
-from edge_coordinator.sim.making import SimOptions, calibrated, calibrations, make_devices
+from edge_coordinator.sim.making import SimOptions, calibrated, calibrations, check_options, make_devices
 from edge_runtime.asks import deepest
 from edge_runtime.engine import EngineOptions, find_engine
 from edge_runtime.local import prepare
@@ -59,6 +59,7 @@ def planned(
     Raises:
         UsageError, DataError, ModelError, MissingExtra: as their names say.
     """
+    check_options(options)
     section, train, cache = config.model, config.train, cache_folder()
     say(f"{model}: reading it and the data")
     checkpoint = find_checkpoint(

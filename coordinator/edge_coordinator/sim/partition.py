@@ -82,7 +82,8 @@ def divide(
     try:
         return _parts(partition, labels, classes, seed), classes
     except UsageError as error:
-        raise UsageError(f"--partition {partition.kind}:{partition.argument}: {error}") from None
+        said = f"{partition.kind}:{partition.argument}" if partition.argument else partition.kind
+        raise UsageError(f"--partition {said}: {error}") from None
 
 
 def _parts(partition: Partition, labels: Sequence[str], classes: Sequence[DeviceClass], seed: int) -> list[list[int]]:
