@@ -7,11 +7,7 @@ No torch in this process: tokenising, calibration and training each run in a wor
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,7 +34,7 @@ from edge_runtime.source import (
     find_checkpoint,
     open_source,
 )
-from edge_runtime.store import cache_folder, make_folder, read_json
+from edge_runtime.store import cache_folder, gone_if_empty, read_json, scratch_folder
 from edge_runtime.training.patient import PatientWorker
 from edge_runtime.training.process import model_job, run_worker, wait_for
 from edge_runtime.wire import from_plain, to_plain
@@ -285,11 +281,7 @@ def train(
         raise UsageError("there will be no adapters to write: give --lora-rank, room for a block, or no --adapter-out")
     folder = out or adapter_out
     assert folder, "one of them was asked for"
-    is_new = not folder.exists()
-    make_folder(folder)
-    _remove_left_over(folder)
-    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=f"{SCRATCH}{os.getpid()}."))
-    try:
+    with gone_if_empty(folder), scratch_folder(folder, SCRATCH) as scratch:
         source, update = planned.source, scratch / "update.f32"
         weights, start = beginning(source, planned.adapter, chosen, scratch)
         job = (
@@ -335,11 +327,6 @@ def train(
             write_adapter(adapter_out, adapter, planned.model)
         if out:
             save_folder(out, source.spec, changed, source.tokenizer, base)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if is_new:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # only an empty folder can be: nothing came of it
     return Trained(folder, report, worker.enforced_by)
 
 
@@ -359,14 +346,6 @@ def check_outputs(out: Path | None, adapter_out: Path | None, *, delta: bool) ->
         check_adapter_folder(adapter_out)
     if out:
         check_model_folder(out)
-
-
-def _remove_left_over(out: Path) -> None:
-    """Scratch folders of trainings that were killed."""
-    for folder in out.glob(f"{SCRATCH}*"):
-        owner = folder.name.removeprefix(SCRATCH).split(".")[0]
-        if not Path("/proc", owner).exists():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _corrected(error: TrainingFailed, planned: Planned, plan: Plan, device: Device) -> TrainingFailed:

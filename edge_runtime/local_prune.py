@@ -9,7 +9,6 @@ Memory: some rows of one matrix while it chooses, one smaller tensor while it wr
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,10 @@ from edge_runtime.model_folder import check_model_folder, save_folder
 from edge_runtime.pruned_weights import write_pruned
 from edge_runtime.pruning import CHANNELS, HEADS, Kept, block_widths, groups_of, pruned_spec
 from edge_runtime.source import DEFAULT_FAMILY, find_checkpoint, open_source
-from edge_runtime.store import cache_folder, make_folder
+from edge_runtime.store import cache_folder, scratch_folder
 from edge_runtime.weights import MappedTensor, release_pages
+
+SCRATCH = "pruned."  # in the cache folder, and the number of the process
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,8 @@ def prune(
     source = open_source(checkpoint, ("no", "yes"), cache)
     spec, kept = source.spec, by_magnitude(source.spec, source.weights, sparsity)
     smaller = pruned_spec(spec, kept)
-    for folder in (cache, out):
-        make_folder(folder)
-    with tempfile.TemporaryDirectory(dir=cache, prefix="pruned.") as scratch:
-        weights = write_pruned(spec, kept, source.weights, Path(scratch) / "blocks.safetensors")
+    with scratch_folder(cache, SCRATCH) as scratch:
+        weights = write_pruned(spec, kept, source.weights, scratch / "blocks.safetensors")
         save_folder(out, smaller, weights, source.tokenizer, has_head=checkpoint.labels is not None)
     parts = range(-1, spec.num_blocks + (checkpoint.labels is not None))
     before, after = (sum(t.size for t in of.tensors if t.part in parts) for of in (spec, smaller))

@@ -6,7 +6,6 @@ Not the files of an adapter (`peft.py`), not the training (`training/adapters.py
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from edge_runtime.layout import A, B
 from edge_runtime.model import ModelSpec
 from edge_runtime.peft import Adapter, check_adapter, read_adapter
 from edge_runtime.source import Checkpoint, Source, find_checkpoint, open_source
-from edge_runtime.store import cache_folder, make_folder
+from edge_runtime.store import cache_folder, scratch_folder
 from edge_runtime.version_weights import pieces
 from edge_runtime.weights import MappedTensor
 
@@ -106,7 +105,6 @@ def with_adapter(checkpoint: Checkpoint, adapter: Path | None) -> Iterator[Sourc
     checkpoint = replace(checkpoint, labels=labels, max_length=given.max_length or checkpoint.max_length)
     source = open_source(checkpoint, None, cache)
     given = check_adapter(given, source.spec, source.weights)
-    make_folder(cache)
-    with tempfile.TemporaryDirectory(dir=cache, prefix="merged.") as folder:
-        weights = merged(source.spec, source.weights, given, Path(folder), range(source.spec.num_blocks))
+    with scratch_folder(cache, "merged.") as folder:
+        weights = merged(source.spec, source.weights, given, folder, range(source.spec.num_blocks))
         yield replace(source, weights={**weights, **given.head})

@@ -11,15 +11,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import UsageError
 from edge_runtime.model import ModelSpec, load_family
-from edge_runtime.store import atomic_writer, disk_errors, file_sha256, make_folder, read_json, sync_folder, write_json
+from edge_runtime.store import (
+    atomic_writer,
+    disk_errors,
+    file_sha256,
+    gone_if_empty,
+    read_json,
+    scratch_folder,
+    sync_folder,
+    write_json,
+)
 from edge_runtime.weights import MappedTensor, write_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
@@ -69,26 +76,20 @@ def save_folder(
         config["id2label"] = {str(i): label for i, label in enumerate(spec.labels)}
         config["label2id"] = {label: i for i, label in enumerate(spec.labels)}
     finish_folder(out)
-    with disk_errors(out):
-        make_folder(out)
-        for left_over in out.glob(f"{DRAFT}*"):  # of a process that was killed
-            if not Path("/proc", left_over.name.removeprefix(DRAFT).split(".")[0]).exists():
-                shutil.rmtree(left_over, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=out, prefix=f"{DRAFT}{os.getpid()}.", ignore_cleanup_errors=True) as draft:
-            folder = Path(draft)
-            if base is None:
-                tensors = [t for t in spec.tensors if has_head or t.part < spec.num_blocks]
-                write_safetensors(folder / WEIGHTS_FILE, [(t.name, weights[t.name]) for t in tensors])
-            else:
-                _, there = load_family(spec.family).open_folder(base)
-                changed = [(t.name, weights[t.name]) for t in spec.tensors if weights[t.name] != there.get(t.name)]
-                write_safetensors(folder / DELTA_FILE, changed)
-                config[BASE_KEY] = {"folder": str(base), "files": identities(there)}
-            with atomic_writer(folder / TOKENIZER_FILE, mode=0o644) as file:
-                file.write(tokenizer.read_bytes())
-            write_json(folder / CONFIG_FILE, config)
-            folder.rename(out / NEXT)
-            sync_folder(out)
+    with disk_errors(out), gone_if_empty(out), scratch_folder(out, DRAFT) as draft:
+        if base is None:
+            tensors = [t for t in spec.tensors if has_head or t.part < spec.num_blocks]
+            write_safetensors(draft / WEIGHTS_FILE, [(t.name, weights[t.name]) for t in tensors])
+        else:
+            _, there = load_family(spec.family).open_folder(base)
+            changed = [(t.name, weights[t.name]) for t in spec.tensors if weights[t.name] != there.get(t.name)]
+            write_safetensors(draft / DELTA_FILE, changed)
+            config[BASE_KEY] = {"folder": str(base), "files": identities(there)}
+        with atomic_writer(draft / TOKENIZER_FILE, mode=0o644) as file:
+            file.write(tokenizer.read_bytes())
+        write_json(draft / CONFIG_FILE, config)
+        draft.rename(out / NEXT)
+        sync_folder(out)
         finish_folder(out)
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -53,6 +55,53 @@ def make_folder(folder: Path, *, mode: int = 0o777) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=mode)
     except OSError as error:
         raise StoreError(f"cannot write {folder}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A folder below `parent` for this process alone, gone at the end; those that killed processes left there go first.
+
+    Whoever lives is known by its number, and by a lock where it lives in another container.
+
+    Raises:
+        StoreError: the disk is full or cannot be written.
+    """
+    with disk_errors(parent):
+        make_folder(parent)
+        for left_over in parent.glob(f"{prefix}*"):
+            _remove_if_left(left_over, left_over.name.removeprefix(prefix).split(".")[0])
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=f"{prefix}{os.getpid()}."))
+        held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        yield folder
+    finally:
+        os.close(held)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_if_left(folder: Path, owner: str) -> None:
+    if not owner.isdecimal() or Path("/proc", owner).exists():
+        return
+    with contextlib.suppress(OSError):  # it is held, or another process removes it
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(held)
+
+
+@contextlib.contextmanager
+def gone_if_empty(folder: Path) -> Iterator[None]:
+    """A folder that was not there before and is empty afterwards goes again: nothing came of it."""
+    is_new = not folder.exists()
+    try:
+        yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only an empty folder can be
 
 
 def sync_folder(folder: Path) -> None:

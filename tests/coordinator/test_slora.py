@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,16 +32,20 @@ from tests.coordinator.test_adapters import CONFIG, SPEC
 CRASHING = Path(__file__).parents[1] / "e2e" / "crashing.py"
 
 
+RANK = 8  # the smaller side of the network's matrices
+
+
 def fleet_with_the_last_round_of_the_first_stage(folder: Path) -> Path:
     """A fleet whose first round, the only one with masks, has its updates and is not closed."""
     path = init(folder, labels=SPEC.labels, max_length=16, rounds=3, goal=2, method="slora")
-    path.write_text(path.read_text().replace('server_optimizer = "fedavg"', 'server_optimizer = "fedadam"'))
+    text = path.read_text().replace('server_optimizer = "fedavg"', 'server_optimizer = "fedadam"')
+    path.write_text(re.sub(r"^lora_rank = \d+", f"lora_rank = {RANK}", text, flags=re.MULTILINE))
     ledger, chance = Ledger(folder / LEDGER_FILE), np.random.default_rng(5)
     ledger.put("realm", "r")
     models = Models(folder, ledger)
     blobs = {t.name: models.store.put(chance.normal(0, 0.1, t.shape).astype("<f4").tobytes()) for t in SPEC.tensors}
     manifest = make_manifest(SPEC, blobs, models.store.put(b"tokenizer"), 9, version=1)
-    settings = METHODS["slora"].stage({}, 1, 2, TrainSettings(lora_rank=10), Options(rounds=3)).settings
+    settings = METHODS["slora"].stage({}, 1, 2, TrainSettings(lora_rank=RANK), Options(rounds=3)).settings
     plan = Plan(CostRow(2, False, 1, 0, 0.0, 0.0, 0), settings, 1)
     with ledger.transaction():
         ledger.add_model(1, models.store.put(encode_manifest(manifest)), "", 0, {}, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -22,8 +23,10 @@ from edge_runtime.store import (
     atomic_writer,
     disk_errors,
     file_sha256,
+    gone_if_empty,
     lock_folder,
     read_json,
+    scratch_folder,
     write_json,
 )
 from tests.samples import quickly
@@ -464,3 +467,30 @@ def test_a_killed_process_holds_no_folder(tmp_path: Path) -> None:
     killed_after_ready(HOLDING, tmp_path)
     with lock_folder(tmp_path, "an agent"):
         pass
+
+
+def test_a_scratch_folder_goes_with_its_process_and_those_of_killed_ones_go_first(tmp_path: Path) -> None:
+    for name in ("s.999999999.x", "s.999999998.y", f"s.{os.getpid()}.alive", "s.other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    held = os.open(tmp_path / "s.999999998.y", os.O_RDONLY)  # of a process in another container
+    fcntl.flock(held, fcntl.LOCK_SH)
+    with scratch_folder(tmp_path, "s.") as folder:
+        (folder / "file").write_text("x")
+        there = {path.name for path in tmp_path.iterdir()}
+        assert there == {"s.999999998.y", f"s.{os.getpid()}.alive", "s.other", folder.name}
+    os.close(held)
+    assert not folder.exists()
+    with scratch_folder(tmp_path, "s."):
+        assert not (tmp_path / "s.999999998.y").exists()
+
+
+def test_a_new_folder_that_nothing_came_of_goes_again(tmp_path: Path) -> None:
+    for name, is_there, file, stays in (("a", False, "", False), ("b", False, "x", True), ("c", True, "", True)):
+        folder = tmp_path / name
+        if is_there:
+            folder.mkdir()
+        with gone_if_empty(folder), scratch_folder(folder, ".s."):
+            if file:
+                (folder / file).write_text("x")
+        assert folder.exists() == stays
