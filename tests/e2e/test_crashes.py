@@ -59,7 +59,7 @@ def test_a_coordinator_killed_at_ever_later_write_boundaries(
             fleet.start("broker")
         for device in fleet.devices:
             fleet.start(device)
-        deaths = crash_and_restart(fleet, "coordinator", first=3, step=11)
+        deaths = crash_and_restart(fleet, "coordinator", first=3, step=5)
     assert deaths >= 8
     same_as(fleet, reference)
 
