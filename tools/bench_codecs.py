@@ -12,7 +12,6 @@ import argparse
 import random
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -95,9 +94,9 @@ def measure(args: argparse.Namespace) -> int:
         return 0
     if args.quick:
         args.rounds, args.seeds = min(args.rounds, 2), 1
-    machine, scratch = bench.machine(), Path(tempfile.mkdtemp(prefix="edge-bench-codecs."))
+    machine = bench.machine()
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    try:
+    with bench.scratch() as scratch:
         for seed in range(args.seed, args.seed + args.seeds):
             fleet = Fleet(args, seed, scratch / str(seed))
             for depth in DEPTHS:
@@ -107,8 +106,6 @@ def measure(args: argparse.Namespace) -> int:
                         note(f"{name}, seed {seed}: " + described(runs[name][-1]))
             spec = fleet.spec
             shutil.rmtree(scratch / str(seed))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     lora = update_bytes(sent(spec, spec.num_blocks, (LORA_RANK,) * spec.num_blocks, TrainSettings(), "ab"), "f32")
     rows = [row(name, runs[name], runs.get(name_of(depth, "f32"), []), spec, depth, lora)
             for depth in DEPTHS for name in names if name.startswith(f"last {depth} ")]  # fmt: skip

@@ -21,6 +21,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -355,7 +356,7 @@ def run_fresh(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # Ctrl-C is for us: `no_child_left` ends what runs
+        start_new_session=True,  # Ctrl-C is for us: `scratch` ends what runs
     )
     lines: queue.Queue[str | None] = queue.Queue()
     errors: list[str] = []
@@ -441,19 +442,21 @@ def end_all(tag: str = RUN_TAG) -> None:
 
 
 @contextlib.contextmanager
-def no_child_left() -> Iterator[None]:
-    """However the block ends, by Ctrl-C or SIGTERM too, nothing that was started in it stays."""
+def scratch() -> Iterator[Path]:
+    """A folder for a block. However that ends, by Ctrl-C or SIGTERM too, neither it stays nor anything that was started."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, stop) for number in numbers]
+    folder = Path(tempfile.mkdtemp(prefix="edge-bench-"))
     try:
-        yield
+        yield folder
     finally:
         for number in numbers:  # a second Ctrl-C must not leave half of them
             signal.signal(number, signal.SIG_IGN)
         end_all()
+        shutil.rmtree(folder, ignore_errors=True)
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

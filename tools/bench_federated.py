@@ -11,11 +11,9 @@ import argparse
 import contextlib
 import queue
 import re
-import shutil
 import socket
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -136,9 +134,8 @@ def run(args: argparse.Namespace) -> int:
     parts, test = data(args)
     rows = []
     for entry in entries:
-        folder = Path(tempfile.mkdtemp(prefix="edge-bench-"))
         try:
-            with bench.no_child_left():
+            with bench.scratch() as folder:
                 rows.append(one(entry, parts, test, folder, args, python))
         except bench.RowUnavailable as error:
             note(f"{entry.name}: left out, {error}")
@@ -146,8 +143,6 @@ def run(args: argparse.Namespace) -> int:
         except (EdgeError, OSError) as error:
             note(f"{entry.name}: failed: {error}")
             rows.append(bench.make_row(entry.name, detail=f"failed: {error}"))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
     bench.finish(
         "federated",
         args,

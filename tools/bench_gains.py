@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import random
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,8 +100,8 @@ def candidates(num_blocks: int) -> Iterator[Candidate]:
 
 def measure(args: argparse.Namespace) -> int:
     """All rows."""
-    machine, scratch = bench.machine(), Path(tempfile.mkdtemp(prefix="edge-bench-gains."))
-    try:
+    machine = bench.machine()
+    with bench.scratch() as scratch:
         model = Model(args, scratch)
         all_of = {one.name(model.spec.num_blocks): one for one in candidates(model.spec.num_blocks)}
         names = bench.chosen_names(list(all_of), args.rows)
@@ -117,8 +115,6 @@ def measure(args: argparse.Namespace) -> int:
             for name in names:
                 runs[name].append(model.train(all_of[name], seed))
                 note(f"{name}, seed {seed}: {100 * runs[name][-1]['accuracy']:.2f} %, {runs[name][-1]['wall_s']:.0f} s")
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     head = mean(runs["head"]) if "head" in runs else None
     rows = [row(name, found, head) for name, found in runs.items()]
     title = f"Gains: {args.model} on TREC after {args.steps} steps of {BATCH} questions"

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,12 +96,8 @@ def run(args: argparse.Namespace) -> int:
     entries = [entry for entry in ENTRIES if entry.name in names]
     machine = bench.machine()
     python = bench.peers_environment() if any(entry.peer for entry in entries) else None
-    scratch = Path(tempfile.mkdtemp(prefix="edge-bench-"))
-    try:
-        with bench.no_child_left():
-            rows = measure(entries, args, scratch, python)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with bench.scratch() as scratch:
+        rows = measure(entries, args, scratch, python)
     bench.finish(
         "predict",
         args,

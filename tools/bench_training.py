@@ -136,12 +136,8 @@ def run(args: argparse.Namespace) -> int:
     entries = [entry for entry in ENTRIES if entry.name in names]
     machine = bench.machine()
     python = bench.peers_environment()
-    scratch = Path(tempfile.mkdtemp(prefix="edge-bench-"))
-    try:
-        with bench.no_child_left():
-            rows = measure(entries, args, scratch, python)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with bench.scratch() as scratch:
+        rows = measure(entries, args, scratch, python)
     bench.finish(
         "training",
         args,
