@@ -1,7 +1,7 @@
 """The command line of a device: `edge-runtime profile | plan | train | join | prune | export | predict | serve | ask | models | doctor | service`.
 
 Flags and help only: every command has `--help` with examples, and those that scripts read have `--json`. What a command
-does is in `commands.py`. Imports that, `console` and the defaults that the help shows.
+does is in `commands.py` and `system/commands.py`. Imports them, `console` and the defaults that the help shows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from edge_runtime.console import EXIT_CODES, Commands, new_parser, run_main
 from edge_runtime.engine import BACKENDS, PRECISIONS
 from edge_runtime.records import TrainSettings
 from edge_runtime.source import DEFAULT_FAMILY
+from edge_runtime.system import commands as system
 from edge_runtime.training.optimizers import OPTIMIZERS
 from edge_runtime.version import software
 
@@ -250,7 +251,7 @@ def _add_doctor(commands: Commands) -> None:
         "the --state folder of `join` (default: the [device] section's, else that of the service, else ./edge-DEVICE)"
     )
     doctor.add_argument("--state", type=Path, help=state)
-    doctor.set_defaults(run=do.run_doctor)
+    doctor.set_defaults(run=system.run_doctor)
 
 
 def _add_service(commands: Commands) -> None:
@@ -264,9 +265,9 @@ def _add_service(commands: Commands) -> None:
     )
     actions = service.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
     for name, what, run in (
-        ("install", "Write the units, start them now and at every boot; needs root.", do.run_service_install),
-        ("print", "Show the units and install nothing.", do.run_service_print),
-        ("uninstall", "Stop the services and remove their units; needs root.", do.run_service_uninstall),
+        ("install", "Write the units, start them now and at every boot; needs root.", system.run_service_install),
+        ("print", "Show the units and install nothing.", system.run_service_print),
+        ("uninstall", "Stop the services and remove their units; needs root.", system.run_service_uninstall),
     ):
         config = "" if name == "uninstall" else " --config pi-7.toml"
         action = _parser(actions, name, what, f"edge-runtime service {name}{config}", nested=True)

@@ -436,67 +436,16 @@ def run_join(args: Namespace) -> int:
     return 0
 
 
-def run_doctor(args: Namespace) -> int:
-    """Print what is found on this machine and what to do; -> 1 where something is wrong."""
-    from edge_runtime.doctor import examine, show
-
-    findings = examine(args.config, args.state)
-    return show(findings, as_json=args.json)
-
-
-def run_service_print(args: Namespace) -> int:
-    """Print the units that `service install` would write."""
-    from edge_runtime.service import obstacle, this_machine, units
-    from edge_runtime.service_units import Limits
-
-    machine = this_machine()
-    texts = units(args.config, Limits(args.memory_max, args.cpu_quota), machine, args.serve)
-    if reason := obstacle(args.config, machine.python):
-        note(f"`service install` would refuse: {reason}")
-    print_json({"units": texts}) if args.json else print("\n".join(texts.values()), end="")
-    return 0
-
-
-def run_service_install(args: Namespace) -> int:
-    """Install and start the service, and what answers beside it."""
-    from edge_runtime.service import install
-    from edge_runtime.service_units import NAME, Limits
-
-    paths = install(args.config, Limits(args.memory_max, args.cpu_quota), args.serve)
-    if args.json:
-        print_json({"units": [str(path) for path in paths]})
-    else:
-        print(f"{paths[0]}: the service runs; journalctl -fu {NAME} shows what it does")
-        for path in paths[1:]:
-            print(f"{path}: answers on port {args.serve} as soon as a model is there; journalctl -fu {path.stem}")
-    return 0
-
-
-def run_service_uninstall(args: Namespace) -> int:
-    """Stop and remove the service."""
-    from edge_runtime.service import uninstall
-    from edge_runtime.service_units import NAME, STATE
-
-    removed = uninstall()
-    if args.json:
-        print_json({"removed": removed})
-    elif removed:
-        print(f"the service is removed; {STATE} and the user {NAME} stay: sudo rm -r {STATE} && sudo userdel {NAME}")
-    else:
-        print("there is no service to remove")
-    return 0
-
-
 def run_serve(args: Namespace) -> int:
     """Answer over HTTP until told to stop."""
-    from edge_runtime.serve import serve  # asyncio and the server: one command needs them
+    from edge_runtime.serving.serve import serve  # asyncio and the server: one command needs them
 
     return serve(args)
 
 
 def run_ask(args: Namespace) -> int:
     """Have texts classified by a device of the fleet."""
-    from edge_runtime.ask import ask
+    from edge_runtime.serving.ask import ask
 
     return ask(args)
 

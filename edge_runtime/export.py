@@ -14,7 +14,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import tempfile
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from edge_runtime.model import ModelSpec
 from edge_runtime.optional import require
 from edge_runtime.predict import FORMAT, Predictor, open_session, run_session
 from edge_runtime.source import Source
-from edge_runtime.store import atomic_writer, cache_folder, disk_errors, make_folder, sync_folder
+from edge_runtime.store import atomic_writer, cache_folder, disk_errors, scratch_folder, sync_folder
 from edge_runtime.tokenize import Tokenizer, pad
 from edge_runtime.weights import MappedTensor
 
@@ -159,21 +159,19 @@ def export_onnx(
     graph_set = _graph_set(source, precision == INT8, progress)
     model, compared_with, wanted = _reference(source, graph_set, batches)
     found = None
-    with disk_errors(out):
-        make_folder(out.parent)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name[:32]}.") as folder:
-            draft = Path(folder) / f"{FLOAT32}.onnx"
-            _write(draft, source, graph_set, model, entries | {"precision": FLOAT32})
-            diff = _max_abs_diff(draft, batches, wanted, compared_with)
-            chosen = draft
-            if precision == INT8:
-                small = Path(folder) / f"{INT8}.onnx"
-                _write(small, source, graph_set, None, entries | {"precision": INT8})
-                known = [(text, label) for text, label in examples if label in spec.labels]
-                found = compare(draft, small, _spread(known or [(text, None) for text in samples]))
-                chosen = small if found.passed else draft
-            written = chosen.stem
-            chosen.replace(out)
+    with disk_errors(out), scratch_folder(out.parent, f".{out.name[:32]}.") as folder:
+        draft = folder / f"{FLOAT32}.onnx"
+        _write(draft, source, graph_set, model, entries | {"precision": FLOAT32})
+        diff = _max_abs_diff(draft, batches, wanted, compared_with)
+        chosen = draft
+        if precision == INT8:
+            small = folder / f"{INT8}.onnx"
+            _write(small, source, graph_set, None, entries | {"precision": INT8})
+            known = [(text, label) for text, label in examples if label in spec.labels]
+            found = compare(draft, small, _spread(known or [(text, None) for text in samples]))
+            chosen = small if found.passed else draft
+        written = chosen.stem
+        os.replace(chosen, out)
         sync_folder(out.parent)
     seconds = time.monotonic() - started
     return ExportReport(out, written, out.stat().st_size, diff, compared_with, seconds, len(rows), found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -68,7 +69,7 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """
     with disk_errors(parent):
         make_folder(parent)
-        for left_over in parent.glob(f"{prefix}*"):
+        for left_over in parent.glob(f"{glob.escape(prefix)}*"):
             _remove_if_left(left_over, left_over.name.removeprefix(prefix).split(".")[0])
         folder = Path(tempfile.mkdtemp(dir=parent, prefix=f"{prefix}{os.getpid()}."))
         held = os.open(folder, os.O_RDONLY)

@@ -38,7 +38,7 @@ from edge_runtime.training.corpus import Corpus
 from edge_runtime.training.graph_backend import GraphBackend
 from edge_runtime.training.loop import Progress, accuracy, run, steps_per_epoch
 from edge_runtime.training.prefix_cache import PrefixCache, prefix_key
-from edge_runtime.training.worker import PACKED_PAYS
+from edge_runtime.training.train_job import PACKED_PAYS
 from edge_runtime.weights import MappedTensor
 from tools import bench_common as bench
 from tools import datasets

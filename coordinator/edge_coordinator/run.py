@@ -24,7 +24,7 @@ from edge_coordinator.models import Models
 from edge_coordinator.start_version import Primer, has_adapters
 from edge_coordinator.tally import Tally
 from edge_runtime.cost import DataShape
-from edge_runtime.errors import StoreError
+from edge_runtime.errors import StoreError, UsageError
 from edge_runtime.kinds import of_row
 from edge_runtime.layout import check_adapters
 from edge_runtime.manifest import Manifest
@@ -65,6 +65,9 @@ class Run:
         self._tally: Tally | None = None  # of the newest round
         self.method = METHODS[config.run.method]
         check_adapters(self.manifest.spec, config.train, "[train] lora_rank")
+        if 0 < config.run.rank_budget < (blocks := self.manifest.num_blocks):
+            given = f"[run] rank_budget {config.run.rank_budget} is below 1 for each of the model's {blocks} blocks"
+            raise UsageError(f"{given}: give at least {blocks}, or 0 for that of the arithmetic distribution")
         if self.method.prunes:
             check_prunable(self.manifest.spec)
         self._deadline = now  # of the newest round's phase, by the server's clock

@@ -366,6 +366,8 @@ def test_a_line_that_a_kill_cut_off_is_no_line(folder: Path) -> None:
 def test_other_settings_are_refused_and_the_same_keep_their_calibration(folder: Path) -> None:
     results = Results(folder)
     assert results.settings(SETTINGS, lambda: pytest.fail("measured again"))["calibration"] == "calibrated"
+    with pytest.raises(UsageError, match="another --test: none, now one"):
+        results.settings({**SETTINGS, "test": "a hash"}, dict)
     with pytest.raises(UsageError, match="another run"):
         results.settings({**SETTINGS, "run": {"method": "head"}}, dict)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from edge_runtime import serve
 from edge_runtime.agent_log import SENTENCES, AgentLog
+from edge_runtime.serving import serve
 
 SOURCES = Path(__file__).parents[2] / "edge_runtime"
 OF_SERVE = ("serve.py", "live_model.py", "mqtt_answers.py")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime import doctor
 from edge_runtime import gate as gate_module
 from edge_runtime import sensors as sensors_module
 from edge_runtime.conditions import (
@@ -28,6 +27,7 @@ from edge_runtime.conditions import (
 from edge_runtime.errors import UsageError
 from edge_runtime.gate import LOOK_S, TELL_S, Gate
 from edge_runtime.sensors import Own, Sensors, charging
+from edge_runtime.system import doctor
 
 MIB = 1 << 20
 WELL = Readings(busy_share=0.02, charging=True, temperature_c=55.0, minute=23 * 60, load=0.4, free_bytes=900 * MIB)

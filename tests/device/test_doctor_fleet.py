@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime import doctor_fleet as fleet
 from edge_runtime.credentials import Credentials
 from edge_runtime.store import lock_folder
+from edge_runtime.system import doctor_fleet as fleet
 from edge_runtime.transport import Connected, Disconnected, Event, Message
 from edge_runtime.wire import Coordinator, Missing, Need, decode, encode
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime import doctor_machine as machine
 from edge_runtime.cli import main
-from edge_runtime.doctor import Finding, show
+from edge_runtime.system import doctor_machine as machine
+from edge_runtime.system.doctor import Finding, show
 from tests.device.test_hardware import lay_out
 
 GIB = 1 << 30

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -27,6 +29,8 @@ from tests.e2e.test_full_disk import small_disk
 from tests.networks import bert_spec, write_random
 
 Array = np.ndarray[Any, Any]
+ROOT = Path(__file__).parents[2]
+CRASHING = ROOT / "tests/e2e/crashing.py"
 WORDS = ["[PAD]", "[UNK]", *(f"w{i}" for i in range(80))]
 TOKENIZER = json.dumps(
     {
@@ -184,3 +188,26 @@ def test_a_full_disk_leaves_the_old_file(whole: tuple[ModelSpec, Path], tmp_path
             export(folder, spec, disk / "m.onnx")
         assert [p.name for p in disk.iterdir()] == ["m.onnx"]
         assert (disk / "m.onnx").read_bytes() == b"the version before"
+
+
+def test_killed_at_a_write_the_old_file_or_the_new_one_is_there_and_the_next_export_leaves_nothing_else(
+    whole: tuple[ModelSpec, Path], tmp_path: Path
+) -> None:
+    _, folder = whole
+    out = tmp_path / "m[1].onnx"
+    out.write_bytes(b"the version before")
+    path = os.pathsep.join((str(ROOT), *filter(None, sys.path)))
+    deaths = 0
+    for crash_at in itertools.count(1, 3):
+        export = ["edge_runtime.cli", "export", str(folder), "--out", str(out), "--precision", "int8"]
+        command = [sys.executable, str(CRASHING), str(crash_at), *export]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        deaths += 1
+        assert out.read_bytes() == b"the version before" or Predictor(out).predict(TEXTS[:3])
+        assert len(list(tmp_path.iterdir())) <= 2, "what the kill before left is gone"
+    assert deaths >= 4
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
+    assert Predictor(out).predict(TEXTS[:3])

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.ask import question
 from edge_runtime.cli import main
 from edge_runtime.credentials import Credentials, format_credentials
 from edge_runtime.errors import ConnectionFailed, EdgeError, ModelError, UsageError, WireError
-from edge_runtime.mqtt_answers import MAX_TOLD, MqttAnswers
 from edge_runtime.predict import Prediction
+from edge_runtime.serving.ask import question
+from edge_runtime.serving.mqtt_answers import MAX_TOLD, MqttAnswers
 from edge_runtime.topics import COORDINATOR, Topics
 from edge_runtime.transport import LocalBroker, LocalTransport, Message
 from edge_runtime.wire import Answer, Ask, decode, encode

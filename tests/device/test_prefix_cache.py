@@ -29,7 +29,7 @@ from edge_runtime.training import prefix_cache
 from edge_runtime.training.cache_folders import delete_all, evict, in_memory
 from edge_runtime.training.corpus import Corpus, build_corpus
 from edge_runtime.training.prefix_cache import PrefixCache, cache_bytes, prefix_key
-from edge_runtime.training.worker import cache_pays, prefix_before
+from edge_runtime.training.train_job import cache_pays, prefix_before
 from edge_runtime.weights import MappedTensor, read_safetensors, write_safetensors
 from tests.samples import quickly, small_spec
 from tests.worlds import fill, small_disk

@@ -26,11 +26,20 @@ from hypothesis import strategies as st
 
 from edge_runtime.cli import main
 from edge_runtime.errors import ModelError, StoreError
-from edge_runtime.http_api import MAX_TEXTS, Api
-from edge_runtime.http_pages import PATHS
-from edge_runtime.http_server import HttpError, HttpServer, Limits, Observe, Request, Response, body_length, parse_head
-from edge_runtime.live_model import MAX_TRIES, LiveModel
 from edge_runtime.manifest import encode_manifest, make_manifest
+from edge_runtime.serving.http_api import MAX_TEXTS, Api
+from edge_runtime.serving.http_pages import PATHS
+from edge_runtime.serving.http_server import (
+    HttpError,
+    HttpServer,
+    Limits,
+    Observe,
+    Request,
+    Response,
+    body_length,
+    parse_head,
+)
+from edge_runtime.serving.live_model import MAX_TRIES, LiveModel
 from edge_runtime.source import STORE_FOLDER
 from edge_runtime.store import BlobStore, is_answered_from
 from edge_runtime.versions import VERSIONS_FILE, answering, mark_bad, note_try, read_versions, rollback, take_over, use

@@ -13,8 +13,8 @@ import pytest
 
 from edge_runtime.cli import main
 from edge_runtime.errors import EdgeError, UsageError
-from edge_runtime.service import install, obstacle, uninstall, units
-from edge_runtime.service_units import NAME, SERVING, Limits, Machine
+from edge_runtime.system.service import install, obstacle, uninstall, units
+from edge_runtime.system.service_units import NAME, SERVING, Limits, Machine
 
 HOME = "/home"
 HERE = Machine(systemd=252, python="/bin/sh", torch=False)  # a program that is on every machine

@@ -18,8 +18,8 @@ from edge_runtime import version_weights
 from edge_runtime.errors import StoreError
 from edge_runtime.layout import A, B, layout
 from edge_runtime.records import CostRow, Plan, TrainSettings
+from edge_runtime.training.jobs import frozen_of
 from edge_runtime.training.process import model_job
-from edge_runtime.training.worker import frozen_of
 from edge_runtime.version_weights import KEEP, merged, pieces
 from edge_runtime.weights import MappedTensor
 

@@ -195,3 +195,5 @@ def test_targets_that_the_model_does_not_have_end_serve_at_once(tmp_path: Path, 
         begin_again(world, lora_targets='["qkv"]')
     with pytest.raises(UsageError, match=r"\[train\] lora_rank 900 is above the smaller side of a matrix"):
         begin_again(world, lora_targets="[]", lora_rank="900")
+    with pytest.raises(UsageError, match=r"\[run\] rank_budget 1 is below 1 for each of the model's \d+ blocks"):
+        begin_again(world, lora_rank="8", rank_budget="1")

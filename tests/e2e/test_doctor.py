@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from edge_runtime import doctor_machine
 from edge_runtime.cli import main
 from edge_runtime.credentials import read_credentials
-from edge_runtime.doctor_fleet import ask, skew
+from edge_runtime.system import doctor_machine
+from edge_runtime.system.doctor_fleet import ask, skew
 from edge_runtime.topics import Topics
 from edge_runtime.transport import MqttTransport
 from tests.e2e.fleets import Fleet, running

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from edge_runtime.credentials import read_credentials, relative_ca_file
 from edge_runtime.errors import EdgeError, UsageError
-from edge_runtime.service_units import (
+from edge_runtime.store import atomic_writer, disk_errors
+from edge_runtime.system.service_units import (
     CREDENTIAL,
     NAME,
     SERVING,
@@ -28,7 +29,6 @@ from edge_runtime.service_units import (
     agent_unit,
     server_unit,
 )
-from edge_runtime.store import atomic_writer, disk_errors
 
 UNITS = Path("etc/systemd/system")
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 - by the unit's ProtectHome and PrivateTmp

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
-from edge_runtime.doctor import OK, UNKNOWN, WARNING, WRONG, Finding
 from edge_runtime.hardware import temperature
+from edge_runtime.system.doctor import OK, UNKNOWN, WARNING, WRONG, Finding
 
 MIB = 1 << 20
 LEAST_BYTES, ENOUGH_BYTES = 256 * MIB, 1024 * MIB  # MiniLM-L6's state has 88 MiB, a new version and an update 41 each

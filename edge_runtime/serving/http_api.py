@@ -18,11 +18,11 @@ from typing import Any
 
 from edge_runtime.errors import EdgeError
 from edge_runtime.hardware import process_memory
-from edge_runtime.http_pages import PAGE, PAGE_POLICY, PATHS, openapi
-from edge_runtime.http_server import HttpError, Request, Response, to_json
-from edge_runtime.live_model import LiveModel
-from edge_runtime.metrics import CONTENT_TYPE, Metrics
 from edge_runtime.predict import Prediction
+from edge_runtime.serving.http_pages import PAGE, PAGE_POLICY, PATHS, openapi
+from edge_runtime.serving.http_server import HttpError, Request, Response, to_json
+from edge_runtime.serving.live_model import LiveModel
+from edge_runtime.serving.metrics import CONTENT_TYPE, Metrics
 
 MAX_TEXTS = 256  # in one request
 MAX_PROBABILITIES = 1 << 16  # in one answer: fewer texts where a model has very many labels

@@ -50,8 +50,8 @@ def examine(config: Path | None, state: Path | None) -> list[Finding]:
         config: the device's file; without it nothing of the fleet is looked at.
         state: the device's state folder; None: the file's, else the service's where there is one, else ./edge-DEVICE, without `config` this folder.
     """
-    from edge_runtime import doctor_fleet as fleet
     from edge_runtime.credentials import read_credentials
+    from edge_runtime.system import doctor_fleet as fleet
 
     who, unreadable = None, ""
     try:
@@ -101,8 +101,8 @@ def conditions(when: str, sensors: Sensors) -> Finding:
 
 def _state(who: Credentials | None, state: Path | None) -> Path:
     """Where the device keeps its state."""
-    from edge_runtime.service import unit_path
-    from edge_runtime.service_units import STATE
+    from edge_runtime.system.service import unit_path
+    from edge_runtime.system.service_units import STATE
 
     named = state or (who.settings.state if who else "")
     if not named and unit_path(root=ROOT).exists():
@@ -112,7 +112,7 @@ def _state(who: Credentials | None, state: Path | None) -> Path:
 
 def _machine(state: Path, *, tls: bool) -> Iterator[Finding]:
     """The checks of `doctor_machine.py` with what this machine says."""
-    from edge_runtime import doctor_machine as machine
+    from edge_runtime.system import doctor_machine as machine
 
     libc = platform.libc_ver()[0]
     yield machine.interpreter(sys.version_info[:2], platform.machine(), libc)

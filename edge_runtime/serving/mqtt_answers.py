@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Collection, Sequence
 
 from edge_runtime.errors import EdgeError, WireError
-from edge_runtime.live_model import Emit
 from edge_runtime.predict import Prediction
+from edge_runtime.serving.live_model import Emit
 from edge_runtime.topics import Topics
 from edge_runtime.transport import Connected, Disconnected, Message, Transport
 from edge_runtime.wire import Answer, Ask, decode, encode, from_plain, to_plain

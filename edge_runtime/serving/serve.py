@@ -17,11 +17,11 @@ from typing import Any
 from edge_runtime.console import Sentences, note, note_event, print_json
 from edge_runtime.credentials import Credentials, read_credentials
 from edge_runtime.errors import UsageError
-from edge_runtime.http_api import Api
-from edge_runtime.http_server import HttpServer, Limits
-from edge_runtime.live_model import Emit, LiveModel
-from edge_runtime.mqtt_answers import MqttAnswers
 from edge_runtime.notify import alive, notify
+from edge_runtime.serving.http_api import Api
+from edge_runtime.serving.http_server import HttpServer, Limits
+from edge_runtime.serving.live_model import Emit, LiveModel
+from edge_runtime.serving.mqtt_answers import MqttAnswers
 from edge_runtime.store import answering_from
 from edge_runtime.topics import Topics, check_id
 from edge_runtime.versions import is_state_folder
@@ -69,7 +69,7 @@ def _load_and_serve(args: Namespace, who: Credentials | None, emit: Emit) -> int
 
 
 def _answers(who: Credentials, allowed: Sequence[str], model: LiveModel, emit: Emit) -> MqttAnswers:
-    from edge_runtime.ask import connect
+    from edge_runtime.serving.ask import connect
 
     topics = Topics(who.realm)
     for name in allowed:

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_runtime.credentials import Credentials
-from edge_runtime.doctor import OK, UNKNOWN, WARNING, WRONG, Finding
 from edge_runtime.errors import ConnectionFailed, WireError
 from edge_runtime.store import is_locked
+from edge_runtime.system.doctor import OK, UNKNOWN, WARNING, WRONG, Finding
 from edge_runtime.topics import Topics
 from edge_runtime.transport import Connected, Disconnected, Message, MqttTransport, Transport
 from edge_runtime.wire import BlobRange, Coordinator, Missing, Need, decode, encode

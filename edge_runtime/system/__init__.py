@@ -1,0 +1,1 @@
+"""The machine around the agent: what commonly goes wrong there, and the services that run on it."""
