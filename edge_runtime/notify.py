@@ -1,6 +1,6 @@
 """Tells systemd that this process is ready, alive, or stopping: sd_notify(3), datagrams to the socket that it names.
 
-Nothing happens where no service manager asked for it: `service.py` writes the unit that does. Not here: the unit. Imports
+Nothing happens where no service manager asked for it: `system/service.py` writes the unit that does. Not here: the unit. Imports
 the standard library only.
 """
 

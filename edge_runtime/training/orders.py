@@ -1,7 +1,7 @@
 """What the agent tells a training process while it runs: to pause between two steps, to go on, to save itself and end.
 
 Words on standard input, a line each. Not SIGSTOP: a process that is stopped does not see that its agent has died, and may
-hold a lock or half a line of output. Not what pauses (`worker.py`), not who says so (`patient.py`). Imports nothing of ours.
+hold a lock or half a line of output. Not what pauses (`train_job.py`), not who says so (`patient.py`). Imports nothing of ours.
 """
 
 from __future__ import annotations
