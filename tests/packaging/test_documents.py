@@ -56,6 +56,7 @@ OTHERS = {  # flags of other programs that the documents speak of
         "--out",
         "--quick",
         "--methods",
+        "--page",
         "--data",
         "--fleets",
         "--seeds",
