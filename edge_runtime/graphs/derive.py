@@ -3,7 +3,7 @@
 A block's joint forward-backward program is traced once with symbolic shapes (`make_fx` over `torch.autograd.grad`), exported
 to ONNX with its weights as inputs, and cut in two where the gradient comes in (`partition.py`). So any family whose
 parts `torch.export` understands trains on devices that have no torch, without a backward rule of ours. Needs torch, onnx
-and onnxscript; runs in a process of its own (about 20 s and 900 MiB for MiniLM). Not run on small devices.
+and onnxscript; runs in a process of its own (two minutes and 600 MiB for a shape of BERT). Not run on small devices.
 """
 
 from __future__ import annotations
