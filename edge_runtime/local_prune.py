@@ -63,16 +63,13 @@ def prune(
         out: the folder to write.
 
     Raises:
-        UsageError: whole heads and channels do not allow this sparsity, the family cannot be pruned, or `out` holds other things
-            or the model itself.
+        UsageError: whole heads and channels do not allow this sparsity, the family cannot be pruned, or `out` holds other things.
         ModelError: there is no such model, or it is damaged.
     """
     if not 0 < sparsity < 1:  # NaN too
         raise UsageError(f"the sparsity must be above 0 and below 1, it is {sparsity}")
     check_model_folder(out)
     checkpoint, cache = find_checkpoint(model, family=family, progress=progress), cache_folder()
-    if out.exists() and out.samefile(checkpoint.folder):
-        raise UsageError(f"{out} is the model itself, and what is cut off is gone for good: give --out another folder")
     source = open_source(checkpoint, ("no", "yes"), cache)
     spec, kept = source.spec, by_magnitude(source.spec, source.weights, sparsity)
     smaller = pruned_spec(spec, kept)

@@ -110,12 +110,10 @@ def _repair(path: Path) -> None:
 
 def _difference(key: str, before: Any, now: Any) -> str:
     """Where two settings differ first, for people."""
-    if key in ("data", "test"):  # hashes
-        return (
-            f"--{key} file"
-            if before and now
-            else f"--{key}: {'one' if before else 'none'}, now {'one' if now else 'none'}"
-        )
+    if key in ("data", "test") and before and now:  # hashes
+        return f"--{key} file"
+    if key in ("data", "test"):
+        return f"--{key}: {'one, now none' if before else 'none, now one'}"
     if isinstance(before, dict) and isinstance(now, dict):
         inner = next(k for k in (*now, *before) if before.get(k) != now.get(k))
         return _difference(f"{key}.{inner}", before.get(inner), now.get(inner))
